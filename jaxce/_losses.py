@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -10,7 +10,15 @@ from jax.experimental import checkify
 from jax.typing import ArrayLike
 
 from . import _checks
-from ._softmax import INVALID_LABEL, RowStatistics, Selection, Values, row_statistics, statistics_dtype
+from ._softmax import (
+    INVALID_LABEL,
+    RowStatistics,
+    Selection,
+    Values,
+    row_statistics,
+    statistics_dtype,
+    total,
+)
 
 
 def softmax_cross_entropy(
@@ -25,6 +33,54 @@ def softmax_cross_entropy(
     z_loss: ArrayLike = 0.0,
     axis_name: str | None = None,
 ) -> Array:
+    """Softmax cross-entropy of each row with dense targets: E = −Σ_j y_j log o_j, with o = softmax(logits).
+
+    Its gradient is analytic, ∂E/∂z = o·Σ_j y_j − y, which is `o − y` for targets that sum to one (derived in
+    `jaxce._softmax`); ∂E/∂y = −log o. Every differentiation mode works: grad, jvp, jacfwd, hessian, vmap, scan, …
+    A drop-in for `optax.losses.softmax_cross_entropy`, with options.
+
+    Args:
+        logits: floating, [..., K] for the default axis: unnormalized log-probabilities.
+        labels: real, broadcast against `logits`: target probabilities, or any weights (they need not sum to one).
+        axis: the class axis, a tuple of them, or None for all; default the last.
+        where: bool mask, default none. With as many axes as `logits`: classes that take part; a class masked has
+            o = 0, and its target is taken as 0. With the axes of the result: rows that take part.
+        label_smoothing: ε in [0, 1], default 0: targets become (1−ε)·t + ε·Σt/K, K the number of classes not masked
+            (PyTorch's and optax's convention; not K−1). May be traced.
+        class_weights: weights c [K], default none: targets become c ⊙ t, after smoothing (PyTorch's order). The result
+            is not divided by anything.
+        logit_cap: soft-cap > 0, default none: logits become cap·tanh(logits/cap), before anything else.
+        z_loss: λ ≥ 0, default 0: adds λ·lse², lse = log Σ_k exp(logits_k), which keeps the log-normalizer near 0.
+        axis_name: inside `jax.shard_map`, the mesh axis that the classes are split over, default none. `logits`,
+            dense `labels`, `class_weights` and a class mask are this shard's; integer labels count from the first
+            class of the first shard; every shard holds equally many classes (mask what is too many).
+
+    Returns:
+        The loss of each row, [...]: in float32, or float64 where logits or labels are float64. Nothing is averaged.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape, an axis or an option is wrong, or there is no class. Options that are traced cannot raise:
+            out of range, they make the loss NaN.
+
+    A row masked, or with all its classes masked, has loss 0 and gradient exactly 0 whatever it holds. A logit of −inf
+    is a class of probability 0: with a target of 0 it contributes 0, else the loss is +inf. A row with no finite
+    maximum has NaN.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxce
+        >>> logits = jnp.array([[1.0, 2.0, 3.0], [30.0, 0.0, 0.0]])
+        >>> labels = jnp.array([[0.0, 0.5, 0.5], [1.0, 0.0, 0.0]])
+        >>> print([f"{x:.4g}" for x in jaxce.softmax_cross_entropy(logits, labels)])
+        ['0.9076', '1.872e-13']
+        >>> grad = jax.grad(lambda z: jaxce.softmax_cross_entropy(z, labels).sum())(logits)
+        >>> bool(jnp.allclose(grad, jax.nn.softmax(logits) - labels))
+        True
+
+    Source: J. S. Bridle, "Probabilistic interpretation of feedforward classification network outputs", 1990; label
+    smoothing: Szegedy et al., arXiv:1512.00567; z-loss: Chowdhery et al., arXiv:2204.02311, section 5; logit
+    soft-cap: Gemma 2, arXiv:2408.00118.
+    """
     function = "softmax_cross_entropy"
     logits = _checks.floating(function, "logits", logits)
     targets = _checks.real(function, "labels", labels)
@@ -33,15 +89,30 @@ def softmax_cross_entropy(
     rows = _Rows.of(function, jnp.broadcast_to(logits, shape), axes, where, axis_name)
     targets = _classes_last(targets.reshape((1,) * (len(shape) - targets.ndim) + targets.shape), axes, shape)
     options = _Options.of(
-        function, rows.logits, targets, label_smoothing, class_weights, logit_cap, z_loss, axis_name=axis_name
+        function,
+        rows.logits,
+        targets,
+        label_smoothing,
+        class_weights,
+        logit_cap,
+        z_loss,
+        axis_name=axis_name,
     )
 
-    values = Values(rows.logits, targets, class_weights=options.class_weights, logit_cap=options.logit_cap)
+    values = Values(
+        rows.logits,
+        targets,
+        class_weights=options.class_weights,
+        logit_cap=options.logit_cap,
+    )
     if options.label_smoothing is not None:
         shown = jnp.broadcast_to(targets.astype(options.dtype), rows.logits.shape)
         shown = shown if rows.visible is None else jnp.where(rows.visible, shown, 0)
-        mean = _total(shown.sum(-1, keepdims=True), axis_name) / rows.class_count
-        values = values._replace(target_scale=1 - options.label_smoothing, target_floor=options.label_smoothing * mean)
+        mean = total(shown.sum(-1, keepdims=True), axis_name) / rows.class_count
+        values = values._replace(
+            target_scale=1 - options.label_smoothing,
+            target_floor=options.label_smoothing * mean,
+        )
     stats = row_statistics(values, Selection(None, rows.where, rows.keep), axis_name=axis_name)
     return _add_z_loss(stats.target_loss, stats, rows.keep, options.z_loss)
 
@@ -59,10 +130,67 @@ def softmax_cross_entropy_with_integer_labels(
     z_loss: ArrayLike = 0.0,
     axis_name: str | None = None,
 ) -> Array:
+    """Softmax cross-entropy of each row with an integer label: E = −log o_y, with o = softmax(logits).
+
+    Its gradient is analytic, `o − onehot(y)`, without a one-hot array. Confident predictions are exact: where the
+    usual formula rounds loss and gradient of the label to 0, this has them to float32's relative accuracy. Every
+    differentiation mode works: grad, jvp, jacfwd, hessian, vmap, scan, …
+    A drop-in for `optax.losses.softmax_cross_entropy_with_integer_labels`, with options.
+
+    Args:
+        logits: floating, [..., K] for the default axis: unnormalized log-probabilities.
+        labels: integer, [...]: the class of each row, in [0, K). Axes of size 1 broadcast against those of `logits`.
+        axis: the class axis, a tuple of them (labels then index the classes flattened in that order), or None for
+            all; default the last.
+        where: bool mask, default none. With as many axes as `logits`: classes that take part; a class masked has
+            o = 0. With the axes of `labels`: rows that take part.
+        ignore_index: rows with this label do not take part, default none. Any integer, a class or not.
+        label_smoothing: ε in [0, 1], default 0: t = onehot(y) becomes (1−ε)·t + ε/K, K the number of classes not masked
+            (PyTorch's and optax's convention; not K−1). May be traced.
+        class_weights: weights c [K], default none: targets become c ⊙ t, after smoothing (PyTorch's order). The result
+            is not divided by anything.
+        logit_cap: soft-cap > 0, default none: logits become cap·tanh(logits/cap), before anything else.
+        z_loss: λ ≥ 0, default 0: adds λ·lse², lse = log Σ_k exp(logits_k), which keeps the log-normalizer near 0.
+        axis_name: inside `jax.shard_map`, the mesh axis that the classes are split over, default none. `logits`,
+            `class_weights` and a class mask are this shard's; labels count from the first
+            class of the first shard; every shard holds equally many classes (mask what is too many).
+
+    Returns:
+        The loss of each row, [...]: in float32, or float64 where logits are float64. Nothing is averaged.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape, an axis or an option is wrong, or there is no class. Options that are traced cannot raise:
+            out of range, they make the loss NaN.
+
+    A row ignored, masked, or with all its classes masked has loss 0 and gradient exactly 0 whatever it holds. Any other
+    row whose label is outside [0, K) (there is no wrap-around), or is a masked class, has loss NaN and gradient NaN;
+    under `jax.experimental.checkify.checkify` (its user checks) a label outside [0, K) is an error that names the row
+    and the label. A label whose logit is −inf has loss +inf. A row with no finite maximum has NaN.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxce
+        >>> logits = jnp.array([[1.0, 2.0, 3.0], [30.0, 0.0, 0.0]])
+        >>> loss = jaxce.softmax_cross_entropy_with_integer_labels(logits, jnp.array([1, 0]))
+        >>> print([f"{x:.4g}" for x in loss])
+        ['1.408', '1.872e-13']
+        >>> ignored = jaxce.softmax_cross_entropy_with_integer_labels(logits, jnp.array([1, -100]), ignore_index=-100)
+        >>> print([f"{x:.4g}" for x in ignored])
+        ['1.408', '0']
+
+    Source: as `softmax_cross_entropy`.
+    """
     function = "softmax_cross_entropy_with_integer_labels"
     rows, labels = _labelled_rows(function, logits, labels, axis, where, ignore_index, axis_name)
     options = _Options.of(
-        function, rows.logits, None, label_smoothing, class_weights, logit_cap, z_loss, axis_name=axis_name
+        function,
+        rows.logits,
+        None,
+        label_smoothing,
+        class_weights,
+        logit_cap,
+        z_loss,
+        axis_name=axis_name,
     )
 
     values = Values(rows.logits, logit_cap=options.logit_cap)
@@ -85,12 +213,12 @@ def softmax_cross_entropy_with_integer_labels(
 
 
 class LabelStatistics(NamedTuple):
-    """What `label_statistics` returns: four arrays, one number per row."""
+    """What `label_statistics` returns: four arrays, one number per row [...]."""
 
-    log_prob: Array
-    log_normalizer: Array
-    entropy: Array
-    correct: Array
+    log_prob: Array  # log o_y
+    log_normalizer: Array  # log Σ_k exp z_k
+    entropy: Array  # −Σ_j o_j log o_j, in nats
+    correct: Array  # bool: the label is the arg max
 
 
 def label_statistics(
@@ -103,6 +231,42 @@ def label_statistics(
     logit_cap: ArrayLike | None = None,
     axis_name: str | None = None,
 ) -> LabelStatistics:
+    """What training loops and reinforcement learning ask of logits besides the loss, from one pass over them.
+
+    Per row, with o = softmax(logits): log_prob = log o_y, log_normalizer = log Σ_k exp z_k, entropy = −Σ_j o_j log o_j,
+    and correct, whether the label is the arg max (of equal logits the first is, as for `jnp.argmax`). The first three
+    are differentiable in every mode, by their analytic rules:
+
+        ∂ log o_y/∂z = onehot(y) − o        ∂ log_normalizer/∂z = o        ∂ entropy/∂z = −o·(log o + entropy)
+
+    Args:
+        logits, labels, axis, where, ignore_index, logit_cap, axis_name: as in
+            `softmax_cross_entropy_with_integer_labels`.
+
+    Returns:
+        `LabelStatistics`, a named tuple of (log_prob, log_normalizer, entropy, correct), each [...]; the first three in
+        float32 (float64 for float64 logits), the last bool. Rows that do not take part have 0, 0, 0, False; rows with
+        an invalid label NaN, NaN, NaN, False.
+
+    Raises:
+        TypeError, ValueError: as `softmax_cross_entropy_with_integer_labels`.
+
+    Example:
+        A policy gradient with an entropy bonus:
+
+        >>> import jax, jax.numpy as jnp, jaxce
+        >>> def loss(logits, actions, advantages):
+        ...     stats = jaxce.label_statistics(logits, actions)
+        ...     return -(stats.log_prob * advantages + 0.01 * stats.entropy).mean()
+        >>> logits, actions = jnp.array([[1.0, 2.0], [0.0, 0.0]]), jnp.array([1, 0])
+        >>> print(jax.grad(loss)(logits, actions, jnp.array([1.0, -1.0])).round(3))
+        [[ 0.133 -0.133]
+         [ 0.25  -0.25 ]]
+        >>> print(jaxce.label_statistics(logits, actions).correct)
+        [ True  True]
+
+    Source: the derivation in `jaxce._softmax`; ∂H follows from ∂o_j/∂z_i = o_i·(δ_ij − o_j).
+    """
     function = "label_statistics"
     rows, labels = _labelled_rows(function, logits, labels, axis, where, ignore_index, axis_name)
     cap = _Options.of(function, rows.logits, None, logit_cap=logit_cap).logit_cap
@@ -129,7 +293,14 @@ class _Rows(NamedTuple):
     class_count: Array | int  # classes of each row that are not masked, on all shards
 
     @classmethod
-    def of(cls, function: str, logits: Array, axes: tuple[int, ...], where: ArrayLike | None, axis_name) -> "_Rows":
+    def of(
+        cls,
+        function: str,
+        logits: Array,
+        axes: tuple[int, ...],
+        where: ArrayLike | None,
+        axis_name,
+    ) -> "_Rows":
         shape = logits.shape
         logits = _classes_last(logits, axes, shape)
         classes = logits.shape[-1] * (1 if axis_name is None else lax.axis_size(axis_name))
@@ -140,7 +311,7 @@ class _Rows(NamedTuple):
             mask = jnp.expand_dims(mask, axes)
         mask = mask if all(mask.shape[a] == 1 for a in axes) else _broadcast_classes(mask, axes, shape)
         mask = _classes_last(mask, axes, mask.shape)
-        shown = _total(mask.sum(-1, keepdims=True), axis_name)
+        shown = total(mask.sum(-1, keepdims=True), axis_name)
         keep = jnp.broadcast_to(shown[..., 0] > 0, logits.shape[:-1])
         if mask.shape[-1] < logits.shape[-1]:  # a mask of rows
             return cls(logits, None, keep, keep[..., None], classes)
@@ -148,13 +319,16 @@ class _Rows(NamedTuple):
 
     def without(self, ignored: Array) -> "_Rows":
         keep = ~ignored if self.keep is None else self.keep & ~ignored
-        return self._replace(keep=keep, visible=keep[..., None] if self.where is None else self.where & keep[..., None])
+        return self._replace(
+            keep=keep,
+            visible=keep[..., None] if self.where is None else self.where & keep[..., None],
+        )
 
 
 class _Options(NamedTuple):
     """The options as arrays of the statistics' dtype; `None`: not used."""
 
-    dtype: jnp.dtype
+    dtype: Any
     label_smoothing: Array | None
     class_weights: Array | None  # [1, ..., 1, K]
     logit_cap: Array | None
@@ -209,7 +383,10 @@ def _labelled_rows(function, logits, labels, axis, where, ignore_index, axis_nam
         rows = rows.without(labels == ignored)
     first_class, classes = 0, local_classes
     if axis_name is not None:
-        first_class, classes = local_classes * lax.axis_index(axis_name), local_classes * lax.axis_size(axis_name)
+        first_class, classes = (
+            local_classes * lax.axis_index(axis_name),
+            local_classes * lax.axis_size(axis_name),
+        )
     valid = (labels >= 0) & (labels < classes)
     if rows.keep is not None:
         valid = valid | ~rows.keep
@@ -231,7 +408,7 @@ def _check_labels(function: str, labels: Array, valid: Array, classes: int) -> N
 def _class_weight_of(labels: Array, class_weights: Array, axis_name) -> Array:
     weights = class_weights.ravel()
     owned = (labels >= 0) & (labels < weights.size)
-    return _total(jnp.where(owned, weights[jnp.where(owned, labels, 0)], 0), axis_name)
+    return total(jnp.where(owned, weights[jnp.where(owned, labels, 0)], 0), axis_name)
 
 
 def _add_z_loss(loss: Array, stats: RowStatistics, keep: Array | None, z_loss: Array | None) -> Array:
@@ -245,11 +422,19 @@ def _classes_last(array: Array, axes: tuple[int, ...], shape: tuple[int, ...]) -
     if axes == (-1,):
         return array
     array = jnp.moveaxis(_broadcast_classes(array, axes, shape), axes, range(-len(axes), 0))
-    return array.reshape((*array.shape[: array.ndim - len(axes)], math.prod(array.shape[array.ndim - len(axes) :])))
+    return array.reshape(
+        (
+            *array.shape[: array.ndim - len(axes)],
+            math.prod(array.shape[array.ndim - len(axes) :]),
+        )
+    )
 
 
 def _broadcast_classes(array: Array, axes: tuple[int, ...], shape: tuple[int, ...]) -> Array:
-    return jnp.broadcast_to(array, tuple(shape[a] if a in axes else array.shape[a] for a in range(-array.ndim, 0)))
+    return jnp.broadcast_to(
+        array,
+        tuple(shape[a] if a in axes else array.shape[a] for a in range(-array.ndim, 0)),
+    )
 
 
 def _signed(labels: Array) -> Array:
@@ -262,7 +447,3 @@ def _signed(labels: Array) -> Array:
 
 def _is_zero(option: ArrayLike) -> bool:
     return isinstance(option, int | float) and option == 0
-
-
-def _total(partial_sums: Array, axis_name: str | None) -> Array:
-    return partial_sums if axis_name is None else lax.psum(partial_sums, axis_name)

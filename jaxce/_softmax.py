@@ -22,7 +22,7 @@ gradient at c, where o_c − 1 = expm1(−gap) with gap = −log o_c. The usual 
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,14 +54,14 @@ class Selection(NamedTuple):
 
 
 class RowStatistics(NamedTuple):
-    """Per row [...]; in float32, or float64 for float64 logits."""
+    """Per row [...], in float32, or float64 for float64 logits; some are None where they were not asked for."""
 
-    label_loss: Array | None  # −log o_y
-    target_loss: Array | None  # −Σ_j t_j log o_j for the dense targets
-    shift: Array  # m = max z; not differentiated: in m + L it cancels
+    label_loss: Any  # −log o_y
+    target_loss: Any  # −Σ_j t_j log o_j for the dense targets
+    shift: Array  # m = max z
     log_sum: Array  # L, so that the log-normalizer is m + L
-    entropy: Array | None  # −Σ_j o_j log o_j
-    correct: Array | None  # 1.0 where the label is the arg max (the first, among equals), else 0.0; not differentiated
+    entropy: Any  # −Σ_j o_j log o_j
+    correct: Any  # 1.0 where the label is the arg max (the first, among equals), else 0.0; not differentiated
 
     @property
     def log_normalizer(self) -> Array:
@@ -69,7 +69,11 @@ class RowStatistics(NamedTuple):
 
 
 def row_statistics(
-    values: Values, selection: Selection, *, axis_name: str | None = None, with_entropy: bool = False
+    values: Values,
+    selection: Selection,
+    *,
+    axis_name: str | None = None,
+    with_entropy: bool = False,
 ) -> RowStatistics:
     """The statistics of each row, differentiable in every mode with respect to `values`.
 
@@ -87,12 +91,13 @@ def _rule(axis_name: str | None, with_entropy: bool):
 
     def forward(values, selection):
         # The outputs come from the function that carries the rule, so that a derivative of these residuals, at second
-        # order, goes through the rule again. Differentiating _forward itself would be wrong there: m is a constant.
+        # order, goes through the rule again. It is not written to be differentiated itself.
         stats = differentiable(values, selection)
         return stats, (values, selection, stats.shift, stats.log_sum, stats.entropy)
 
     def backward(residuals, cotangents):
-        return _backward(*residuals, cotangents, axis_name), None
+        values, selection, m, log_sum, entropy = residuals
+        return _backward(values, selection, m, log_sum, entropy, cotangents, axis_name), None
 
     rule.defvjp(forward, backward)
     differentiable = with_forward_mode(rule)
@@ -100,75 +105,93 @@ def _rule(axis_name: str | None, with_entropy: bool):
 
 
 def _forward(values: Values, selection: Selection, axis_name, with_entropy) -> RowStatistics:
-    logits, label_logit, owned = _label_logit_first(values, selection)
-    z, targets = _prepare(values._replace(logits=logits), selection)
+    values, label = _label_logit_first(values, selection)
+    z, targets = _prepare(values, selection)
     m = z.max(-1) if axis_name is None else lax.pmax(z.max(-1), axis_name)
-    left_out = z == m[..., None] if owned is None else _one_hot(selection.labels, z)
-    e = jnp.where(left_out, 0, jnp.exp(z - m[..., None]))  # [..., K]
-    if owned is None:
-        rest, count = _total((e.sum(-1), left_out.sum(-1, dtype=e.dtype)), axis_name)
-        log_sum = jnp.log1p(rest + (count - 1))
-    else:
-        rest, label_logit = _total((e.sum(-1), jnp.where(owned, label_logit, 0)), axis_name)
-        log_sum = jnp.log1p(rest + jnp.expm1(label_logit - m))  # one of the sum's terms is exp(m − m) = 1
-    # A row without a finite maximum has no softmax, and a NaN label logit (invalid label) spreads from here.
-    log_sum = jnp.where(jnp.isfinite(m), log_sum, jnp.nan)
+    if label is not None:
+        label = label._replace(logit=total(jnp.where(label.owned, label.logit, 0), axis_name))
+    log_sum = _log_sum(z, m, label, axis_name)
 
-    label_loss = None if owned is None else (m - label_logit) + log_sum
+    label_loss = None if label is None else (m - label.logit) + log_sum
     target_loss = entropy = correct = None
     if targets is not None:
         # 0·log 0 = 0: without the select, a target of 0 at a logit of −inf would give NaN.
         distance = jnp.where(targets == 0, 0, targets * (m[..., None] - z))
-        mass, distance = _total((targets.sum(-1), distance.sum(-1)), axis_name)
+        mass, distance = total((targets.sum(-1), distance.sum(-1)), axis_name)
         target_loss = mass * log_sum + distance
-    if with_entropy:
+    if with_entropy and label is not None:
         o = jnp.exp((z - m[..., None]) - log_sum[..., None])
         distance = jnp.where(o == 0, 0, o * (m[..., None] - z))
-        class_ids = lax.broadcasted_iota(selection.labels.dtype, z.shape, z.ndim - 1)
-        earlier = (z == m[..., None]) & (class_ids < selection.labels[..., None])
-        distance, earlier = _total((distance.sum(-1), earlier.sum(-1, dtype=z.dtype)), axis_name)
+        class_ids = lax.broadcasted_iota(label.ids.dtype, z.shape, z.ndim - 1)
+        earlier = (z == m[..., None]) & (class_ids < label.ids[..., None])
+        distance, earlier = total((distance.sum(-1), earlier.sum(-1, dtype=z.dtype)), axis_name)
         entropy = log_sum + distance
-        correct = ((label_logit == m) & (earlier == 0)).astype(z.dtype)
+        correct = ((label.logit == m) & (earlier == 0)).astype(z.dtype)
     return RowStatistics(label_loss, target_loss, m, log_sum, entropy, correct)
 
 
-def _backward(values: Values, selection: Selection, m, log_sum, entropy, g: RowStatistics, axis_name) -> Values:
-    r"""∂/∂z = A·o − g_y·onehot − g_t·t, with A = g_y + g_t·a + g_lse, and its like for the other values.
+def _log_sum(z: Array, m: Array, label: "_Label | None", axis_name) -> Array:
+    """L = log Σ_j exp(z_j − m), as log1p of the sum without one of its terms exp(m − m) = 1."""
+    shifted = z - m[..., None]
+    if label is None:
+        largest = shifted == 0
+        rest = jnp.where(largest, 0, jnp.exp(shifted)).sum(-1)
+        rest, ties = total((rest, largest.sum(-1, dtype=z.dtype)), axis_name)
+        rest = rest + (ties - 1)
+    else:
+        rest = total(jnp.where(_one_hot(label.ids, z), 0, jnp.exp(shifted)).sum(-1), axis_name)
+        rest = rest + jnp.expm1(label.logit - m)  # NaN for an invalid label: it spreads from here
+    # A row without a finite maximum has no softmax.
+    return jnp.where(jnp.isfinite(m), jnp.log1p(rest), jnp.nan)
 
-    At the class left out, with q = o − 1 = expm1(−gap), this is A·q + (A − g_y − g_t·t) (for a label; for dense
-    targets g_y = 0), where for a plain cross-entropy the second term is exactly 0: nothing cancels.
+
+def _backward(
+    values: Values, selection: Selection, m: Array, log_sum: Array, entropy: Array | None, cotangents: Any, axis_name
+) -> Values:
+    """∂/∂z = A·o − g_y·onehot(y) − g_t·t, with A = g_y + g_t·a + g_lse, and its like for the other values.
+
+    At one class c, where o may be near 1, this is g_y·q + g_t·(a·q + (a − t)) + g_lse·o with q = o_c − 1 = expm1(log
+    o_c): nothing cancels. The derivative of lse = m + L is shared out in the same spirit: where c is the largest,
+    ∂m = onehot(c) and ∂L = o − onehot(c), so that second derivatives, which come by way of m and L, keep their digits
+    too; elsewhere ∂m = 0 and ∂L = o.
     """
-    logits, label_logit, owned = _label_logit_first(values, selection)
-    values = values._replace(logits=logits)
+    values, label = _label_logit_first(values, selection)
     (z, targets), prepare_vjp = jax.vjp(lambda values: _prepare(values, selection), values)
     m, log_sum = m[..., None], log_sum[..., None]
-    g = RowStatistics(*(None if v is None else v[..., None] for v in g))
+    g: Any = RowStatistics(*(None if v is None else v[..., None] for v in cotangents))
 
-    pull = g.log_sum  # A without the label's share
-    if targets is not None:
-        pull = pull + g.target_loss * _total(targets.sum(-1), axis_name)[..., None]
-    if owned is None:
-        # With o > 1/2 the largest is alone, and only there does a·o − t cancel. z.max, not m: it has a derivative.
-        left_out = (z == m) & (log_sum < 0.5)
-        q, slope = jnp.expm1((z.max(-1, keepdims=True) - m) - log_sum), pull
+    if label is None:
+        # Where o > 1/2 the largest is alone, and only there does a·o − t cancel. z.max, not m: it has a derivative.
+        top, top_logit = log_sum < 0.5, z.max(-1, keepdims=True)
+        exact = top & (z == m)
         e = jnp.exp(z - m)
     else:
-        left_out = _one_hot(selection.labels, z)
-        q = jnp.expm1((label_logit[..., None] - m) - log_sum)
-        slope = pull + g.label_loss
-        e = jnp.where(left_out, 0, jnp.exp(z - m))  # as in _forward: where XLA sees both, it computes this once
-    scaled = slope * jnp.exp(-log_sum)
+        top, top_logit = label.logit[..., None] == m, label.logit[..., None]
+        exact = _one_hot(label.ids, z)
+        # As in _log_sum: where XLA sees both, it computes this once.
+        e = jnp.where(exact, 0, jnp.exp(z - m))
+    q = jnp.expm1((top_logit - m) - log_sum)
+
+    # Each cotangent's factor at c is formed before anything is summed: transposed, this is forward mode.
+    slope = g.log_sum
+    at_exact = g.shift * jnp.where(top, 1, 0) + g.log_sum * jnp.where(top, q, 1 + q)
+    if label is not None:
+        slope, at_exact = slope + g.label_loss, at_exact + g.label_loss * q
+    dt = None
     if targets is None:
-        dz = jnp.where(left_out, slope * q + pull, scaled * e)
-        dt = None
+        dz = jnp.where(exact, at_exact, slope * jnp.exp(-log_sum) * e)
     else:
-        t_pull = g.target_loss * targets
-        dz = jnp.where(left_out, slope * q + (pull - t_pull), scaled * e - t_pull)
+        mass = total(targets.sum(-1, keepdims=True), axis_name)
+        slope, at_exact = (
+            slope + g.target_loss * mass,
+            at_exact + g.target_loss * (mass * q + (mass - targets)),
+        )
+        dz = jnp.where(exact, at_exact, slope * jnp.exp(-log_sum) * e - g.target_loss * targets)
         dt = g.target_loss * ((m - z) + log_sum)
     if entropy is not None:
-        o = jnp.exp((z - m) - log_sum)
-        log_o = jnp.where(o == 0, 0, (z - m) - log_sum)
-        dz = dz - g.entropy * o * (log_o + entropy[..., None])
+        log_o = (z - m) - log_sum
+        o = jnp.exp(log_o)
+        dz = dz - g.entropy * o * (jnp.where(o == 0, 0, log_o) + entropy[..., None])
     return prepare_vjp((dz, dt))[0]
 
 
@@ -206,15 +229,21 @@ def _prepare(values: Values, selection: Selection) -> tuple[Array, Array | None]
     return z, jnp.broadcast_to(t, z.shape)
 
 
-def _label_logit_first(values: Values, selection: Selection) -> tuple[Array, Array | None, Array | None]:
-    """The logits, the label's logit [...] as `_prepare` has it (NaN: invalid), and whether this shard has it.
+class _Label(NamedTuple):
+    ids: Array  # [...]
+    logit: Array  # [...] its logit as `_prepare` has it; NaN: invalid
+    owned: Array  # [...] bool: a class of this shard
 
-    The label's logit is read first, behind a barrier: reading it late would keep the logits alive, and exp could not
-    overwrite them. It is gathered before it is cast: a cast copy of all logits would be made for the gather (TPU).
+
+def _label_logit_first(values: Values, selection: Selection) -> tuple[Values, _Label | None]:
+    """The label's logit, and the values to go on with.
+
+    It is read first, behind a barrier: reading it late would keep the logits alive, and exp could not overwrite them.
+    It is gathered before it is cast: a cast copy of all logits would be made for the gather (on TPU).
     """
     labels = selection.labels
     if labels is None:
-        return values.logits, None, None
+        return values, None
     owned = (labels >= 0) & (labels < values.logits.shape[-1])
     index = jnp.where(owned, labels, 0)[..., None]
     picked = Values(jnp.take_along_axis(values.logits, index, -1), logit_cap=values.logit_cap)
@@ -224,10 +253,10 @@ def _label_logit_first(values: Values, selection: Selection) -> tuple[Array, Arr
         shown = jnp.take_along_axis(selection.where, index, -1)
         hidden = owned & ~shown[..., 0]
         invalid = invalid | (hidden if selection.keep is None else hidden & selection.keep)
-    label_logit = _prepare(picked, Selection(where=shown, keep=selection.keep))[0][..., 0]
-    label_logit = jnp.where(invalid, jnp.nan, label_logit)
-    logits, label_logit = lax.optimization_barrier((values.logits, label_logit))
-    return logits, label_logit, owned
+    logit = _prepare(picked, Selection(where=shown, keep=selection.keep))[0][..., 0]
+    logit = jnp.where(invalid, jnp.nan, logit)
+    logits, logit = lax.optimization_barrier((values.logits, logit))
+    return values._replace(logits=logits), _Label(labels, logit, owned)
 
 
 def statistics_dtype(*arrays: Array | None):
@@ -240,5 +269,6 @@ def _one_hot(labels: Array, z: Array) -> Array:
     return lax.broadcasted_iota(labels.dtype, z.shape, z.ndim - 1) == labels[..., None]
 
 
-def _total(partial_sums, axis_name: str | None):
+def total(partial_sums, axis_name: str | None):
+    """Sums over the classes of this shard, as sums over all classes."""
     return partial_sums if axis_name is None else lax.psum(partial_sums, axis_name)
