@@ -19,7 +19,7 @@ def value_error(function: str, argument: str, got: object, wanted: str) -> Value
 def _as_array(function: str, argument: str, value: ArrayLike | Sequence) -> Array:
     try:
         return jnp.asarray(value)
-    except TypeError:
+    except (TypeError, ValueError):
         raise type_error(function, argument, type(value).__name__, "an array") from None
 
 

@@ -158,7 +158,7 @@ def _backward(
     values, label = _label_logit_first(values, selection)
     (z, targets), prepare_vjp = jax.vjp(lambda values: _prepare(values, selection), values)
     m, log_sum = m[..., None], log_sum[..., None]
-    g: Any = RowStatistics(*(None if v is None else v[..., None] for v in cotangents))
+    g = jax.tree.map(lambda v: v[..., None], cotangents)
 
     if label is None:
         # Where o > 1/2 the largest is alone, and only there does a·o − t cancel. z.max, not m: it has a derivative.
@@ -232,7 +232,7 @@ def _prepare(values: Values, selection: Selection) -> tuple[Array, Array | None]
 class _Label(NamedTuple):
     ids: Array  # [...]
     logit: Array  # [...] its logit as `_prepare` has it; NaN: invalid
-    owned: Array  # [...] bool: a class of this shard
+    owned: Array  # [...] bool: a class of this shard, or invalid
 
 
 def _label_logit_first(values: Values, selection: Selection) -> tuple[Values, _Label | None]:
@@ -256,7 +256,7 @@ def _label_logit_first(values: Values, selection: Selection) -> tuple[Values, _L
     logit = _prepare(picked, Selection(where=shown, keep=selection.keep))[0][..., 0]
     logit = jnp.where(invalid, jnp.nan, logit)
     logits, logit = lax.optimization_barrier((values.logits, logit))
-    return values._replace(logits=logits), _Label(labels, logit, owned)
+    return values._replace(logits=logits), _Label(labels, logit, owned | invalid)
 
 
 def statistics_dtype(*arrays: Array | None):

@@ -1,4 +1,4 @@
-r"""The naive formulas, line by line as in the derivation and differentiated by plain autodiff: what jaxce is checked by.
+r"""The naive formulas, line by line as in the derivation, differentiated by plain autodiff: jaxce's oracle.
 
     o_j = exp(z_j) / Σ_k exp(z_k)          E = −Σ_j y_j log o_j
 
@@ -46,7 +46,8 @@ def softmax_cross_entropy(
     if where is not None:
         seen = jnp.moveaxis(jnp.broadcast_to(where, logits.shape), axis, -1)
     t = jnp.where(seen, t, 0)
-    t = (1 - label_smoothing) * t + label_smoothing * t.sum(-1, keepdims=True) / seen.sum(-1, keepdims=True)
+    classes = seen.sum(-1, keepdims=True, dtype=t.dtype)
+    t = (1 - label_smoothing) * t + label_smoothing * t.sum(-1, keepdims=True) / classes
     if class_weights is not None:
         t = jnp.expand_dims(class_weights, range(z.ndim - 1)) * t
     if logit_cap is not None:
