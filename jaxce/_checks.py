@@ -3,7 +3,9 @@
 import math
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -41,10 +43,18 @@ def real(function: str, argument: str, value: ArrayLike | Sequence) -> Array:
 
 
 def integer(function: str, argument: str, value: ArrayLike | Sequence) -> Array:
+    if isinstance(value, int | np.integer | np.ndarray):
+        value = _within_widest(np.asarray(value))
     array = _as_array(function, argument, value)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise type_error(function, argument, f"of dtype {array.dtype}", "an integer dtype")
     return array
+
+
+def _within_widest(value: np.ndarray) -> np.ndarray:
+    """Without x64, JAX keeps the low 32 bits of 64-bit integers: 2**32 + 1 would be the class 1."""
+    widest = np.iinfo(jax.dtypes.canonicalize_dtype(value.dtype)) if value.dtype.kind in "iu" else None
+    return value if widest is None else np.clip(value, widest.min, widest.max)
 
 
 def boolean(function: str, argument: str, value: ArrayLike | Sequence) -> Array:
@@ -127,8 +137,8 @@ def scalar(
     array = array.astype(dtype)
     if low is None or high is None:
         return array
-    inside = (array > low) & (array < high) if open_interval else (array >= low) & (array <= high)
-    if isinstance(value, int | float) and not inside:
+    if isinstance(value, int | float) and not (low < value < high if open_interval else low <= value <= high):
         brackets = "({}, {})" if open_interval else "[{}, {}]"
         raise value_error(function, argument, f"{value}", "a number in " + brackets.format(low, high))
+    inside = (array > low) & (array < high) if open_interval else (array >= low) & (array <= high)
     return jnp.where(inside, array, jnp.nan)

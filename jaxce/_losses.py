@@ -64,8 +64,8 @@ def softmax_cross_entropy(
             out of range, they make the loss NaN.
 
     A row masked, or with all its classes masked, has loss 0 and gradient exactly 0 whatever it holds. A logit of −inf
-    is a class of probability 0: with a target of 0 it contributes 0, else the loss is +inf. A row with no finite
-    maximum has NaN.
+    is a class of probability 0: with a target of 0 it contributes 0 to the loss and every gradient, else the loss is
+    +inf. A row with no finite maximum has NaN.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxce
@@ -108,7 +108,7 @@ def softmax_cross_entropy(
     if options.label_smoothing is not None:
         shown = jnp.broadcast_to(targets.astype(options.dtype), rows.logits.shape)
         shown = shown if rows.visible is None else jnp.where(rows.visible, shown, 0)
-        mean = total(shown.sum(-1, keepdims=True), axis_name) / rows.class_count
+        mean = total(shown.sum(-1, keepdims=True), axis_name) / jnp.asarray(rows.class_count, options.dtype)
         values = values._replace(
             target_scale=1 - options.label_smoothing,
             target_floor=options.label_smoothing * mean,
@@ -196,10 +196,12 @@ def softmax_cross_entropy_with_integer_labels(
     values = Values(rows.logits, logit_cap=options.logit_cap)
     weight = None
     if options.class_weights is not None:
-        weight = _class_weight_of(labels, options.class_weights, axis_name)
+        weight = _class_weight_of(labels, rows.keep, options.class_weights, axis_name)
     if options.label_smoothing is not None:
         weight = 1 - options.label_smoothing if weight is None else (1 - options.label_smoothing) * weight
-        floor = jnp.broadcast_to(options.label_smoothing / rows.class_count, (*labels.shape, 1))
+        floor = jnp.broadcast_to(
+            options.label_smoothing / jnp.asarray(rows.class_count, options.dtype), (*labels.shape, 1)
+        )
         values = values._replace(target_floor=floor, class_weights=options.class_weights)
     stats = row_statistics(values, Selection(labels, rows.where, rows.keep), axis_name=axis_name)
 
@@ -405,9 +407,11 @@ def _check_labels(function: str, labels: Array, valid: Array, classes: int) -> N
     checkify.debug_check(valid.all(), message, label=labels.ravel()[row], row=row)
 
 
-def _class_weight_of(labels: Array, class_weights: Array, axis_name) -> Array:
+def _class_weight_of(labels: Array, keep: Array | None, class_weights: Array, axis_name) -> Array:
+    """0 for rows that do not count: an infinite weight of some class must not be multiplied with their 0 gradient."""
     weights = class_weights.ravel()
     owned = (labels >= 0) & (labels < weights.size)
+    owned = owned if keep is None else owned & keep
     return total(jnp.where(owned, weights[jnp.where(owned, labels, 0)], 0), axis_name)
 
 

@@ -109,7 +109,7 @@ def _forward(values: Values, selection: Selection, axis_name, with_entropy) -> R
     z, targets = _prepare(values, selection)
     m = z.max(-1) if axis_name is None else lax.pmax(z.max(-1), axis_name)
     if label is not None:
-        label = label._replace(logit=total(jnp.where(label.owned, label.logit, 0), axis_name))
+        label = label._replace(logit=_rounded_alike(total(label.logit, axis_name), m, values.logit_cap))
     log_sum = _log_sum(z, m, label, axis_name)
 
     label_loss = None if label is None else (m - label.logit) + log_sum
@@ -123,10 +123,12 @@ def _forward(values: Values, selection: Selection, axis_name, with_entropy) -> R
         o = jnp.exp((z - m[..., None]) - log_sum[..., None])
         distance = jnp.where(o == 0, 0, o * (m[..., None] - z))
         class_ids = lax.broadcasted_iota(label.ids.dtype, z.shape, z.ndim - 1)
-        earlier = (z == m[..., None]) & (class_ids < label.ids[..., None])
-        distance, earlier = total((distance.sum(-1), earlier.sum(-1, dtype=z.dtype)), axis_name)
+        largest = z == m[..., None]
+        earlier, hit = largest & (class_ids < label.ids[..., None]), largest & _one_hot(label.ids, z)
+        sums = distance.sum(-1), earlier.sum(-1, dtype=z.dtype), hit.sum(-1, dtype=z.dtype)
+        distance, earlier, hit = total(sums, axis_name)
         entropy = log_sum + distance
-        correct = ((label.logit == m) & (earlier == 0)).astype(z.dtype)
+        correct = ((hit > 0) & (earlier == 0)).astype(z.dtype)
     return RowStatistics(label_loss, target_loss, m, log_sum, entropy, correct)
 
 
@@ -134,7 +136,7 @@ def _log_sum(z: Array, m: Array, label: "_Label | None", axis_name) -> Array:
     """L = log Σ_j exp(z_j − m), as log1p of the sum without one of its terms exp(m − m) = 1."""
     shifted = z - m[..., None]
     if label is None:
-        largest = shifted == 0
+        largest = z == m[..., None]
         rest = jnp.where(largest, 0, jnp.exp(shifted)).sum(-1)
         rest, ties = total((rest, largest.sum(-1, dtype=z.dtype)), axis_name)
         rest = rest + (ties - 1)
@@ -157,20 +159,24 @@ def _backward(
     """
     values, label = _label_logit_first(values, selection)
     (z, targets), prepare_vjp = jax.vjp(lambda values: _prepare(values, selection), values)
+    if label is not None:
+        label = label._replace(logit=_rounded_alike(label.logit, m, values.logit_cap))
     m, log_sum = m[..., None], log_sum[..., None]
     g = jax.tree.map(lambda v: v[..., None], cotangents)
 
     if label is None:
-        # Where o > 1/2 the largest is alone, and only there does a·o − t cancel. z.max, not m: it has a derivative.
-        top, top_logit = log_sum < 0.5, z.max(-1, keepdims=True)
+        # Where o > 1/2 the largest is alone, and only there does a·o − t cancel.
+        top, log_o = log_sum < 0.5, -log_sum
         exact = top & (z == m)
         e = jnp.exp(z - m)
     else:
-        top, top_logit = label.logit[..., None] == m, label.logit[..., None]
+        top = label.logit[..., None] == m
+        # The select, for its derivative: z_c − m has none, but autodiff would find 1 − 1 and lose what is added.
+        log_o = jnp.where(top, 0, label.logit[..., None] - m) - log_sum
         exact = _one_hot(label.ids, z)
         # As in _log_sum: where XLA sees both, it computes this once.
         e = jnp.where(exact, 0, jnp.exp(z - m))
-    q = jnp.expm1((top_logit - m) - log_sum)
+    q = jnp.expm1(log_o)
 
     # Each cotangent's factor at c is formed before anything is summed: transposed, this is forward mode.
     slope = g.log_sum
@@ -187,11 +193,12 @@ def _backward(
             at_exact + g.target_loss * (mass * q + (mass - targets)),
         )
         dz = jnp.where(exact, at_exact, slope * jnp.exp(-log_sum) * e - g.target_loss * targets)
-        dt = g.target_loss * ((m - z) + log_sum)
+        # A target of 0 at a logit of −inf gets 0, not inf: what multiplies it (class weights) has a derivative.
+        dt = g.target_loss * jnp.where((targets == 0) & jnp.isneginf(z), 0, (m - z) + log_sum)
     if entropy is not None:
-        log_o = (z - m) - log_sum
-        o = jnp.exp(log_o)
-        dz = dz - g.entropy * o * (jnp.where(o == 0, 0, log_o) + entropy[..., None])
+        log_probs = (z - m) - log_sum
+        o = jnp.exp(log_probs)
+        dz = dz - g.entropy * o * (jnp.where(o == 0, 0, log_probs) + entropy[..., None])
     return prepare_vjp((dz, dt))[0]
 
 
@@ -209,7 +216,10 @@ def _prepare(values: Values, selection: Selection) -> tuple[Array, Array | None]
     if visible is not None:
         z = jnp.where(visible, z, 0)
     if values.logit_cap is not None:
-        z = values.logit_cap * jnp.tanh(z / values.logit_cap)
+        # tanh is ±1 long before 40, and a derivative there is finite at ±inf too. The maximum changes no number: it
+        # keeps LLVM from fusing this product into a difference z − m, where the largest logit must give exactly 0.
+        cap = values.logit_cap
+        z = jnp.maximum(cap * jnp.tanh(jnp.clip(z, -40 * cap, 40 * cap) / cap), -cap)
     if where is not None:
         z = jnp.where(where if keep is None else where | ~keep, z, -jnp.inf)
 
@@ -226,7 +236,8 @@ def _prepare(values: Values, selection: Selection) -> tuple[Array, Array | None]
         t = values.class_weights * t
     if visible is not None:
         t = jnp.where(visible, t, 0)
-    return z, jnp.broadcast_to(t, z.shape)
+    # In shard_map a smoothed label's targets would be equal on all shards, and their cotangent is not.
+    return z, jnp.where(jnp.isnan(z), t, t)
 
 
 class _Label(NamedTuple):
@@ -239,11 +250,13 @@ def _label_logit_first(values: Values, selection: Selection) -> tuple[Values, _L
     """The label's logit, and the values to go on with.
 
     It is read first, behind a barrier: reading it late would keep the logits alive, and exp could not overwrite them.
-    It is gathered before it is cast: a cast copy of all logits would be made for the gather (on TPU).
+    It is gathered before it is cast: a cast copy of all logits would be made for the gather (on TPU). The barrier also
+    has the logits rounded once: where they are a product, LLVM would fuse it into z − m, and the largest logit's
+    difference would not be 0.
     """
     labels = selection.labels
     if labels is None:
-        return values, None
+        return values._replace(logits=lax.optimization_barrier(values.logits)), None
     owned = (labels >= 0) & (labels < values.logits.shape[-1])
     index = jnp.where(owned, labels, 0)[..., None]
     picked = Values(jnp.take_along_axis(values.logits, index, -1), logit_cap=values.logit_cap)
@@ -254,9 +267,21 @@ def _label_logit_first(values: Values, selection: Selection) -> tuple[Values, _L
         hidden = owned & ~shown[..., 0]
         invalid = invalid | (hidden if selection.keep is None else hidden & selection.keep)
     logit = _prepare(picked, Selection(where=shown, keep=selection.keep))[0][..., 0]
-    logit = jnp.where(invalid, jnp.nan, logit)
+    logit = jnp.where(invalid, jnp.nan, jnp.where(owned, logit, 0))
     logits, logit = lax.optimization_barrier((values.logits, logit))
     return values._replace(logits=logits), _Label(labels, logit, owned | invalid)
+
+
+def _rounded_alike(label_logit: Array, m: Array, cap: Array | None) -> Array:
+    """The label's logit, where it is the largest exactly m.
+
+    It is capped apart from the others, and compiled apart a tanh or a division may be rounded differently: a gap of
+    one rounding, instead of 0, would cost a confident row's loss its digits. The derivative is the label's own.
+    """
+    if cap is None:
+        return label_logit
+    gap = lax.stop_gradient(m - label_logit)
+    return label_logit + jnp.where(jnp.abs(gap) <= 4 * jnp.finfo(m.dtype).eps * jnp.abs(m), gap, 0)
 
 
 def statistics_dtype(*arrays: Array | None):
