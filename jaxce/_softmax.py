@@ -115,13 +115,14 @@ def _forward(values: Values, selection: Selection, axis_name, with_entropy) -> R
     label_loss = None if label is None else (m - label.logit) + log_sum
     target_loss = entropy = correct = None
     if targets is not None:
-        # 0·log 0 = 0: without the select, a target of 0 at a logit of −inf would give NaN.
-        distance = jnp.where(targets == 0, 0, targets * (m[..., None] - z))
+        # 0·log 0 = 0: without the select, a target of 0 at a logit of −inf would give NaN. At the maximum the distance
+        # is exactly 0; where z is a product, LLVM may fuse it into the difference, which then is not.
+        distance = jnp.where((targets == 0) | (z == m[..., None]), 0, targets * (m[..., None] - z))
         mass, distance = total((targets.sum(-1), distance.sum(-1)), axis_name)
         target_loss = mass * log_sum + distance
     if with_entropy and label is not None:
         o = jnp.exp((z - m[..., None]) - log_sum[..., None])
-        distance = jnp.where(o == 0, 0, o * (m[..., None] - z))
+        distance = jnp.where((o == 0) | (z == m[..., None]), 0, o * (m[..., None] - z))
         class_ids = lax.broadcasted_iota(label.ids.dtype, z.shape, z.ndim - 1)
         largest = z == m[..., None]
         earlier, hit = largest & (class_ids < label.ids[..., None]), largest & _one_hot(label.ids, z)
@@ -251,8 +252,7 @@ def _label_logit_first(values: Values, selection: Selection) -> tuple[Values, _L
 
     It is read first, behind a barrier: reading it late would keep the logits alive, and exp could not overwrite them.
     It is gathered before it is cast: a cast copy of all logits would be made for the gather (on TPU). The barrier also
-    has the logits rounded once: where they are a product, LLVM would fuse it into z − m, and the largest logit's
-    difference would not be 0.
+    has logits that are a product rounded once, rather than anew, and differently, in each pass that reads them.
     """
     labels = selection.labels
     if labels is None:
