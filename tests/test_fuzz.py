@@ -220,6 +220,10 @@ def truth(x: Example) -> Truth:
     # Targets, smoothed and then weighted: t = label part (one entry) + dense part.
     eps = Float(0 if x.label_smoothing is None else x.label_smoothing)
     c = np.ones(k, Float) if x.class_weights is None else x.class_weights.astype(Float)
+
+    def smoothed(t):
+        return np.where(shown, c * ((1 - eps) * t + eps * t.sum(-1, keepdims=True) / classes), 0)
+
     valid = keep.copy()
     label = np.zeros((n, k), bool)
     label_part = dense = np.zeros((n, k), Float)
@@ -227,11 +231,11 @@ def truth(x: Example) -> Truth:
         label = np.arange(k) == x.targets[:, None]
         valid &= (label & shown).any(-1)
         label_part = np.where(label, (1 - eps) * c, 0)
-        dense = np.where(shown, c * (eps / classes), 0)
+        dense = dense_size = np.where(shown, c * (eps / classes), 0)
     else:
         dense = np.where(shown & keep[:, None], x.targets.astype(Float), 0)
-        dense = np.where(shown, c * ((1 - eps) * dense + eps * dense.sum(-1, keepdims=True) / classes), 0)
-    t = label_part + dense
+        dense, dense_size = smoothed(dense), smoothed(np.abs(dense))
+    t, t_size = label_part + dense, label_part + dense_size
 
     # Logits, capped and then masked.
     slope, z_rounding = np.ones((n, k), Float), np.zeros((n, 1), Float)
@@ -259,19 +263,19 @@ def truth(x: Example) -> Truth:
     z_loss = Float(0 if x.z_loss is None else x.z_loss)
     terms = np.where(t == 0, 0, t * (log_sum - d))
     loss = terms.sum(-1) + (z_loss * lse**2)[:, 0]
-    sizes = np.where(t == 0, 0, np.abs(t) * (log_sum_size + np.abs(d) + np.where(d < 0, z_rounding, 0)))
+    sizes = np.where(t == 0, 0, t_size * (log_sum_size + np.abs(d) + np.where(d < 0, z_rounding, 0)))
     loss_size = sizes.sum(-1) + (3 * z_loss * lse_size**2)[:, 0]
 
     # a·o − t + 2·z_loss·lse·o, where o > 1/2 written as (a − t) − a·(1 − o).
     a, pull, pull_size = t.sum(-1, keepdims=True), 2 * z_loss * lse, 2 * z_loss * lse_size
     plain = a * o - t
     gradient = pull * o + np.where(o > 0.5, t @ without_own - a * others, plain)
-    a_size = np.abs(t).sum(-1, keepdims=True) + pull_size
-    gradient_size = a_size * o_size + np.abs(t)
+    a_size = t_size.sum(-1, keepdims=True) + pull_size
+    gradient_size = a_size * o_size + t_size
     # At the class left out, the label or for dense targets the largest, a − t is exactly 0 where it should be.
     left_out = label if integer else (d == 0) & (o > 0.5)
     lonely = (dense != 0).sum(-1, keepdims=True) <= 1
-    rest_size = np.abs(dense).sum(-1, keepdims=True) + np.abs(dense) + pull_size
+    rest_size = dense_size.sum(-1, keepdims=True) + dense_size + pull_size
     rest_size = np.where((not integer) & lonely & (pull_size == 0) & (dense != 0), 0, rest_size)
     gradient_size = np.where(left_out, a_size * (o_size @ without_own) + rest_size, gradient_size)
     gradient, gradient_size = slope * gradient, slope * gradient_size + (0 if x.logit_cap is None else np.abs(gradient))
