@@ -1,4 +1,16 @@
-"""jaxce"""
+"""The softmax cross-entropy for JAX, with its analytic gradient o − y.
+
+Names used throughout, in the field's and the derivation's letters:
+
+    z    logits [..., K]: unnormalized log-probabilities
+    o    softmax(z) [..., K]: probabilities
+    y    labels: integer [...], or dense targets [..., K]
+    t    targets after smoothing and weighting;  a = Σ_j t_j
+    E    loss [...], in nats, one per row
+    lse  log-normalizer log Σ_k exp z_k [...] = m + L, with the shift m = max z
+
+    N rows (any number of leading axes), K classes
+"""
 
 from . import reference as reference
 from ._losses import LabelStatistics as LabelStatistics
