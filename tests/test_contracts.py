@@ -205,7 +205,10 @@ def test_masked_row_of_dense_targets_is_not_there(content):
         jax.nn.softmax(logits(1)).at[:, 0].set(0).at[1].set(jnp.array(content)),
     )
     where, rest = jnp.array([True, False, True, True]), np.array([0, 2, 3])
-    loss_of = lambda z, t, **o: dense_loss(z, t, where=where, **o)  # noqa: E731
+
+    def loss_of(z, t, **o):
+        return dense_loss(z, t, where=where, **o)
+
     for name in ("label_smoothing", "logit_cap", "z_loss"):
         options = {name: differentiable[name]}
         loss, pullback = jax.vjp(lambda z, t, o: loss_of(z, t, **o), z, t, options)
@@ -302,7 +305,10 @@ def test_minus_inf_logits_without_target_do_not_count():
 def test_minus_inf_logits_without_target_leave_the_gradient_of_options_finite(dense, name):
     z, labels = logits().at[:, 2].set(-jnp.inf), jnp.array([0, 1, 3, 4])
     options = {"class_weights": jnp.ones(K), "logit_cap": jnp.float32(3), "z_loss": jnp.float32(0.1)}
-    loss = lambda z, o: (dense_loss(z, jax.nn.one_hot(labels, K), **o) if dense else integer_loss(z, labels, **o)).sum()  # noqa: E731
+
+    def loss(z, o):
+        return (dense_loss(z, jax.nn.one_hot(labels, K), **o) if dense else integer_loss(z, labels, **o)).sum()
+
     got = jax.grad(loss, argnums=1)(z, {name: options[name]})[name]
     # −1e4 is as good as −inf to a softmax and to a tanh.
     wanted = jax.grad(loss, argnums=1)(z.at[:, 2].set(-1e4), {name: options[name]})[name]
@@ -346,7 +352,10 @@ def test_target_mass_on_minus_inf_is_inf():
 @pytest.mark.parametrize("dense", [False, True])
 def test_row_without_a_finite_maximum_is_nan(bad, dense):
     z, labels = logits(), jnp.array([1, 2, 3, 4])
-    call = lambda z: dense_loss(z, jax.nn.one_hot(labels, K)) if dense else integer_loss(z, labels)  # noqa: E731
+
+    def call(z):
+        return dense_loss(z, jax.nn.one_hot(labels, K)) if dense else integer_loss(z, labels)
+
     valid = loss_and_gradient(call, z)
     assert_only_row_is_nan(*loss_and_gradient(call, z.at[1, 0].set(bad)), 1, valid)
     assert_only_row_is_nan(*loss_and_gradient(call, z.at[1].set(-jnp.inf)), 1, valid)
@@ -364,7 +373,10 @@ def test_option_out_of_range(loss_fn, option):
     z = logits()
     labels = jnp.zeros(N, jnp.int32) if loss_fn is integer_loss else jax.nn.softmax(z)
     ((name, value),) = option.items()
-    static = lambda z, y: loss_fn(z, y, **option)  # noqa: E731
+
+    def static(z, y):
+        return loss_fn(z, y, **option)
+
     for call in (static, jax.jit(static)):
         with pytest.raises(ValueError, match=f"{loss_fn.__name__}: {name} is {value}, wanted a number in "):
             call(z, labels)

@@ -44,7 +44,10 @@ class Structure(NamedTuple):
     @classmethod
     def draw(cls, rng: random.Random, integer: bool) -> "Structure":
         batch, classes, axis = rng.choice(SHAPES)
-        some = lambda: rng.random() < 0.5  # noqa: E731
+
+        def some():
+            return rng.random() < 0.5
+
         where = rng.choice([None, None, "classes", "classes of all rows", "rows"])
         return cls(integer, batch, classes, axis, where, some(), some(), some(), some(), integer and some(), some())
 
@@ -176,7 +179,9 @@ def examples(draw, structures: list[Structure], dtype: str) -> tuple[Structure, 
     largest = float(jnp.finfo(dtype).max)
     z = np.where(np.isfinite(z), np.clip(z, -largest, largest), z)
 
-    number = lambda present, value: precise(value) if present else None  # noqa: E731
+    def number(present, value):
+        return precise(value) if present else None
+
     return s, Example(
         z=z.astype(jnp.dtype(dtype)),
         targets=labels.astype(np.int32) if s.integer else dense.astype(precise if s.float32_targets else dtype),

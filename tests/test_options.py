@@ -77,9 +77,10 @@ def test_integer_labels_as_in_torch(x64, axis, weights, smoothing, reduction, ig
 def test_dense_targets_as_in_torch(x64, weights, smoothing, reduction):
     z, t = logits(0, dtype=jnp.float64), jax.nn.softmax(logits(1, dtype=jnp.float64))
     c = None if weights is None else jnp.array(weights)
-    loss = lambda z: reduced(  # noqa: E731
-        dense_loss(z, t, label_smoothing=smoothing, class_weights=c), jnp.ones(N), reduction
-    )
+
+    def loss(z):
+        return reduced(dense_loss(z, t, label_smoothing=smoothing, class_weights=c), jnp.ones(N), reduction)
+
     truth, gradient = in_torch(z, t, weight=c, label_smoothing=smoothing, reduction=reduction)
     got, got_gradient = in_jax(loss, z)
     assert np.abs(gradient).max() > 1e-2
@@ -251,9 +252,10 @@ def test_traced_ignore_index_and_mask_do_not_recompile():
 def test_options_may_differ_between_vmapped_rows():
     smoothing, cap, z_loss = jnp.linspace(0, 1, N), jnp.linspace(1, 9, N), jnp.linspace(0, 0.5, N)
     weights = jax.random.uniform(jax.random.key(3), (N, K))
-    call = lambda z, y, e, c, w, p: integer_loss(  # noqa: E731
-        z, y, label_smoothing=e, logit_cap=c, class_weights=w, z_loss=p
-    )
+
+    def call(z, y, e, c, w, p):
+        return integer_loss(z, y, label_smoothing=e, logit_cap=c, class_weights=w, z_loss=p)
+
     rows = (logits(), LABELS, smoothing, cap, weights, z_loss)
     wanted = jnp.stack([call(*(a[i] for a in rows)) for i in range(N)])
     assert_close(jax.vmap(call)(*rows), wanted, jnp.float32)
