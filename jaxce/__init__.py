@@ -13,6 +13,8 @@ Names used throughout, in the field's and the derivation's letters:
 """
 
 from . import reference as reference
+from ._linear import fused_linear as fused_linear
+from ._linear import linear_cross_entropy as linear_cross_entropy
 from ._losses import LabelStatistics as LabelStatistics
 from ._losses import label_statistics as label_statistics
 from ._losses import softmax_cross_entropy as softmax_cross_entropy

@@ -25,6 +25,7 @@ GRADIENT_TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-8}  # float32's arithmeti
 TPU_TOLERANCE = 1e-3  # exp and log are less accurate there by default
 ROWS, CLASSES = 256, 1000
 TIMED_SHAPE = (1024, 32000)
+FEATURES, TIMED_FEATURES = 64, 256  # of x, for a loss of x @ w
 
 
 def oracle(logits: Any, targets: Any) -> tuple[Any, Any]:
@@ -90,6 +91,37 @@ def accuracy_table(platform: str, device) -> list[dict[str, Any]]:
     return rows
 
 
+def linear_table(platform: str, device) -> list[dict[str, Any]]:
+    """linear_cross_entropy, by blocks of rows and of classes: the gradients of x and w against a float64 oracle."""
+    rows = []
+    with jax.default_device(device):
+        for dtype in GRADIENT_TOLERANCE:
+            x, w, labels = linear_problem(ROWS, FEATURES, CLASSES + 1, dtype)
+            x64, w64 = (np.asarray(a, np.float64) for a in (x, w))
+            losses, dz = oracle(x64 @ w64, np.eye(CLASSES + 1)[np.asarray(labels)])
+            wanted = losses.mean(), (dz @ w64.T / ROWS, x64.T @ dz / ROWS)
+            for recompute in (False, True):
+                loss_fn = partial(jaxce.linear_cross_entropy, recompute=recompute, block_size=128)
+                loss, grads = jax.jit(jax.value_and_grad(loss_fn, (0, 1)))(x, w, labels)
+                grad_error = max(
+                    np.abs(np.asarray(g, np.float64) - t).max() / np.abs(t).max()
+                    for g, t in zip(grads, wanted[1], strict=True)
+                )
+                check = f"linear, by blocks of {'classes' if recompute else 'rows'}, against float64"
+                # The logits' gradients are rounded to the operands' dtype, then the results.
+                limits = (LOSS_TOLERANCE, 2 * GRADIENT_TOLERANCE[dtype])
+                loss_error = abs(float(loss) - wanted[0]) / wanted[0]
+                rows.append(verdict(platform, check, dtype, (loss_error, float(grad_error)), limits))
+    return rows
+
+
+def linear_problem(rows: int, features: int, classes: int, dtype: str) -> tuple[Any, Any, Any]:
+    keys = jax.random.split(jax.random.key(2), 3)
+    x = jax.random.normal(keys[0], (rows, features)).astype(dtype)
+    w = (jax.random.normal(keys[1], (features, classes)) / features**0.5).astype(dtype)
+    return x, w, jax.random.randint(keys[2], (rows,), 0, classes)
+
+
 def against_autodiff(platform: str, integer: Callable, naive: Callable) -> dict[str, Any]:
     """The analytic gradient against `jax.grad` of the naive formula, at logits where that formula holds."""
     logits, labels = problem("random", "float32")
@@ -115,45 +147,55 @@ def verdict(platform: str, check: str, dtype: str, errors: tuple, limits: tuple)
     }
 
 
-def peers() -> dict[str, Callable]:
-    functions = {"jaxce": jaxce.softmax_cross_entropy_with_integer_labels}
+def timed() -> dict[str, dict[str, Callable]]:
+    """The losses to time, ours and optax's: mean losses of (logits, labels), and of (x, w, labels)."""
+    integer = jaxce.softmax_cross_entropy_with_integer_labels
+    logits = {"jaxce": lambda z, labels: integer(z, labels).mean()}
+    linear: dict[str, Callable] = {"jaxce, linear": jaxce.linear_cross_entropy}
     try:
         import optax
     except ImportError:
-        return functions
-    return functions | {"optax": optax.losses.softmax_cross_entropy_with_integer_labels}
+        return {"logits": logits, "linear": linear}
+    peer = optax.losses.softmax_cross_entropy_with_integer_labels
+    logits["optax"] = lambda z, labels: peer(z, labels).mean()
+    linear["optax, x @ w"] = lambda x, w, labels: peer((x @ w).astype(jnp.float32), labels).mean()
+    return {"logits": logits, "linear": linear}
 
 
 def cost_table(platform: str, device) -> list[dict[str, Any]]:
     """Interleaved medians of value_and_grad of the mean loss, and the temp memory XLA compiled it to."""
-
-    def step(loss_fn, logits, labels):
-        return jax.value_and_grad(lambda z: loss_fn(z, labels).mean())(logits)
-
     rows = []
     with jax.default_device(device):
         for dtype in GRADIENT_TOLERANCE:
-            logits = jax.random.normal(jax.random.key(0), TIMED_SHAPE, jnp.float32).astype(dtype)
-            labels = jax.random.randint(jax.random.key(1), TIMED_SHAPE[:1], 0, TIMED_SHAPE[1])
-            compiled = {n: jax.jit(partial(step, f)).lower(logits, labels).compile() for n, f in peers().items()}
-            seconds: dict[str, list[float]] = {name: [] for name in compiled}
-            for _ in range(7):
-                for name, run in compiled.items():
-                    start = time.perf_counter()
-                    jax.block_until_ready(run(logits, labels))
-                    seconds[name].append(time.perf_counter() - start)
-            for name, run in compiled.items():
-                memory = run.memory_analysis()
-                rows.append(
-                    {
-                        "backend": platform,
-                        "function": name,
-                        "shape": list(TIMED_SHAPE),
-                        "dtype": dtype,
-                        "milliseconds": 1e3 * statistics.median(seconds[name]),
-                        "temp MiB": None if memory is None else memory.temp_size_in_bytes / 2**20,
-                    }
-                )
+            x, w, labels = linear_problem(TIMED_SHAPE[0], TIMED_FEATURES, TIMED_SHAPE[1], dtype)
+            for kind, losses in timed().items():
+                arguments = (x, w, labels) if kind == "linear" else (x @ w, labels)
+                rows += cost(platform, losses, arguments, dtype)
+    return rows
+
+
+def cost(platform: str, losses: dict[str, Callable], arguments: tuple, dtype: str) -> list[dict[str, Any]]:
+    variables = tuple(range(len(arguments) - 1))
+    compiled = {n: jax.jit(jax.value_and_grad(f, variables)).lower(*arguments).compile() for n, f in losses.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in compiled}
+    for _ in range(7):
+        for name, run in compiled.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run(*arguments))
+            seconds[name].append(time.perf_counter() - start)
+    rows = []
+    for name, run in compiled.items():
+        memory = run.memory_analysis()
+        rows.append(
+            {
+                "backend": platform,
+                "function": name,
+                "shape": " @ ".join("×".join(map(str, a.shape)) for a in arguments[:-1]),
+                "dtype": dtype,
+                "milliseconds": 1e3 * statistics.median(seconds[name]),
+                "temp MiB": None if memory is None else memory.temp_size_in_bytes / 2**20,
+            }
+        )
     return rows
 
 
@@ -189,7 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
     as_json = parser.parse_args(arguments).json
 
     found = backends()
-    accuracy = [row for platform, device in found.items() for row in accuracy_table(platform, device)]
+    accuracy = [row for p, device in found.items() for row in accuracy_table(p, device) + linear_table(p, device)]
     cost = [row for platform, device in found.items() for row in cost_table(platform, device)]
     ok = all(row["ok"] for row in accuracy)
     machine = {

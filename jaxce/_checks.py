@@ -70,6 +70,12 @@ def shape(function: str, argument: str, array: Array, wanted: tuple[int, ...], m
     return array
 
 
+def leading(function: str, argument: str, array: Array, wanted: tuple[int, ...]) -> Array:
+    if array.shape[: len(wanted)] != wanted:
+        raise value_error(function, argument, f"of shape {array.shape}", f"{wanted} first, as x")
+    return array
+
+
 def class_axes(function: str, axis: int | Sequence[int] | None, shape: tuple[int, ...]) -> tuple[int, ...]:
     """`axis` as axes counted from the end, so that they mean the same after broadcasting adds leading axes."""
     ndim = len(shape)

@@ -1,24 +1,15 @@
 """The losses: options around the rule of `_softmax`. What is here costs numbers per row, never an array of logits."""
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array, lax
-from jax.experimental import checkify
+from jax import Array
 from jax.typing import ArrayLike
 
 from . import _checks
-from ._softmax import (
-    INVALID_LABEL,
-    RowStatistics,
-    Selection,
-    Values,
-    row_statistics,
-    statistics_dtype,
-    total,
-)
+from ._arguments import Options, Rows, class_weight_of, classes_last, labelled_rows
+from ._softmax import RowStatistics, Selection, Values, row_statistics, total
 
 
 def softmax_cross_entropy(
@@ -86,9 +77,9 @@ def softmax_cross_entropy(
     targets = _checks.real(function, "labels", labels)
     axes = _checks.class_axes(function, axis, logits.shape)
     shape = _checks.broadcast_shape(function, "labels", targets.shape, logits.shape, axes)
-    rows = _Rows.of(function, jnp.broadcast_to(logits, shape), axes, where, axis_name)
-    targets = _classes_last(targets.reshape((1,) * (len(shape) - targets.ndim) + targets.shape), axes, shape)
-    options = _Options.of(
+    rows = Rows.of(function, jnp.broadcast_to(logits, shape), axes, where, axis_name)
+    targets = classes_last(targets.reshape((1,) * (len(shape) - targets.ndim) + targets.shape), axes, shape)
+    options = Options.of(
         function,
         rows.logits,
         targets,
@@ -181,8 +172,8 @@ def softmax_cross_entropy_with_integer_labels(
     Source: as `softmax_cross_entropy`.
     """
     function = "softmax_cross_entropy_with_integer_labels"
-    rows, labels = _labelled_rows(function, logits, labels, axis, where, ignore_index, axis_name)
-    options = _Options.of(
+    rows, labels = labelled_rows(function, logits, labels, axis, where, ignore_index, axis_name)
+    options = Options.of(
         function,
         rows.logits,
         None,
@@ -196,7 +187,7 @@ def softmax_cross_entropy_with_integer_labels(
     values = Values(rows.logits, logit_cap=options.logit_cap)
     weight = None
     if options.class_weights is not None:
-        weight = _class_weight_of(labels, rows.keep, options.class_weights, axis_name)
+        weight = class_weight_of(labels, rows.keep, options.class_weights, axis_name)
     if options.label_smoothing is not None:
         weight = 1 - options.label_smoothing if weight is None else (1 - options.label_smoothing) * weight
         floor = jnp.broadcast_to(
@@ -270,8 +261,8 @@ def label_statistics(
     Source: the derivation in `jaxce._softmax`; ∂H follows from ∂o_j/∂z_i = o_i·(δ_ij − o_j).
     """
     function = "label_statistics"
-    rows, labels = _labelled_rows(function, logits, labels, axis, where, ignore_index, axis_name)
-    cap = _Options.of(function, rows.logits, None, logit_cap=logit_cap).logit_cap
+    rows, labels = labelled_rows(function, logits, labels, axis, where, ignore_index, axis_name)
+    cap = Options.of(function, rows.logits, None, logit_cap=logit_cap).logit_cap
     stats = row_statistics(
         Values(rows.logits, logit_cap=cap),
         Selection(labels, rows.where, rows.keep),
@@ -285,169 +276,7 @@ def label_statistics(
     return LabelStatistics(*numbers, correct if rows.keep is None else correct & rows.keep)
 
 
-class _Rows(NamedTuple):
-    """Logits with the classes last, and what is masked of them."""
-
-    logits: Array  # [..., K]
-    where: Array | None  # class mask, broadcast against the logits
-    keep: Array | None  # [...] rows that count
-    visible: Array | None  # both, broadcast against the logits
-    class_count: Array | int  # classes of each row that are not masked, on all shards
-
-    @classmethod
-    def of(
-        cls,
-        function: str,
-        logits: Array,
-        axes: tuple[int, ...],
-        where: ArrayLike | None,
-        axis_name,
-    ) -> "_Rows":
-        shape = logits.shape
-        logits = _classes_last(logits, axes, shape)
-        classes = logits.shape[-1] * (1 if axis_name is None else lax.axis_size(axis_name))
-        if where is None:
-            return cls(logits, None, None, None, classes)
-        mask = _checks.mask(function, where, shape, axes)
-        if mask.ndim < len(shape):
-            mask = jnp.expand_dims(mask, axes)
-        mask = mask if all(mask.shape[a] == 1 for a in axes) else _broadcast_classes(mask, axes, shape)
-        mask = _classes_last(mask, axes, mask.shape)
-        shown = total(mask.sum(-1, keepdims=True), axis_name)
-        keep = jnp.broadcast_to(shown[..., 0] > 0, logits.shape[:-1])
-        if mask.shape[-1] < logits.shape[-1]:  # a mask of rows
-            return cls(logits, None, keep, keep[..., None], classes)
-        return cls(logits, mask, keep, mask, jnp.maximum(shown, 1))
-
-    def without(self, ignored: Array) -> "_Rows":
-        keep = ~ignored if self.keep is None else self.keep & ~ignored
-        return self._replace(
-            keep=keep,
-            visible=keep[..., None] if self.where is None else self.where & keep[..., None],
-        )
-
-
-class _Options(NamedTuple):
-    """The options as arrays of the statistics' dtype; `None`: not used."""
-
-    dtype: Any
-    label_smoothing: Array | None
-    class_weights: Array | None  # [1, ..., 1, K]
-    logit_cap: Array | None
-    z_loss: Array | None
-
-    @classmethod
-    def of(
-        cls,
-        function: str,
-        logits: Array,
-        targets: Array | None,
-        label_smoothing: ArrayLike = 0.0,
-        class_weights: ArrayLike | None = None,
-        logit_cap: ArrayLike | None = None,
-        z_loss: ArrayLike = 0.0,
-        axis_name: str | None = None,
-    ) -> "_Options":
-        dtype = statistics_dtype(logits, targets)
-        smoothing = cap = penalty = weights = None
-        if not _is_zero(label_smoothing):
-            smoothing = _checks.scalar(function, "label_smoothing", label_smoothing, dtype, 0, 1)
-        if class_weights is not None:
-            weights = _checks.real(function, "class_weights", class_weights).astype(dtype)
-            per = "one weight for each class" + ("" if axis_name is None else " of this shard")
-            _checks.shape(function, "class_weights", weights, logits.shape[-1:], per)
-            weights = jnp.expand_dims(weights, range(logits.ndim - 1))
-        if logit_cap is not None:
-            cap = _checks.scalar(function, "logit_cap", logit_cap, dtype, 0, math.inf, open_interval=True)
-        if not _is_zero(z_loss):
-            penalty = _checks.scalar(function, "z_loss", z_loss, dtype, 0, math.inf)
-        return cls(dtype, smoothing, weights, cap, penalty)
-
-
-def _labelled_rows(function, logits, labels, axis, where, ignore_index, axis_name) -> tuple[_Rows, Array]:
-    """The rows, and for each its label as `Selection.labels` has it: counted from this shard's first class."""
-    logits = _checks.floating(function, "logits", logits)
-    labels = _checks.integer(function, "labels", labels)
-    axes = _checks.class_axes(function, axis, logits.shape)
-    row_shape = tuple(n for i, n in enumerate(logits.shape) if i - logits.ndim not in axes)
-    batch = _checks.label_shape(function, labels.shape, row_shape)
-    rows = _Rows.of(function, logits, axes, where, axis_name)
-    local_classes = rows.logits.shape[-1]
-    if batch != row_shape:
-        rows = rows._replace(
-            logits=jnp.broadcast_to(rows.logits, (*batch, local_classes)),
-            keep=None if rows.keep is None else jnp.broadcast_to(rows.keep, batch),
-        )
-
-    labels = jnp.broadcast_to(_signed(labels), batch)
-    if ignore_index is not None:
-        ignored = _checks.scalar(function, "ignore_index", ignore_index, labels.dtype)
-        rows = rows.without(labels == ignored)
-    first_class, classes = 0, local_classes
-    if axis_name is not None:
-        first_class, classes = (
-            local_classes * lax.axis_index(axis_name),
-            local_classes * lax.axis_size(axis_name),
-        )
-    valid = (labels >= 0) & (labels < classes)
-    if rows.keep is not None:
-        valid = valid | ~rows.keep
-        labels = jnp.where(rows.keep, labels, 0)
-    _check_labels(function, labels, valid, classes)
-    labels = labels.astype(jnp.int32) - first_class
-    return rows, jnp.where(valid, labels, INVALID_LABEL)
-
-
-def _check_labels(function: str, labels: Array, valid: Array, classes: int) -> None:
-    """An error under `jax.experimental.checkify`; nothing otherwise, where the row's NaN tells."""
-    if labels.size == 0:
-        return
-    row = jnp.argmin(valid.ravel())
-    message = f"{function}: labels has {{label}} in row {{row}} (of the flattened batch), wanted 0 to {classes - 1}"
-    checkify.debug_check(valid.all(), message, label=labels.ravel()[row], row=row)
-
-
-def _class_weight_of(labels: Array, keep: Array | None, class_weights: Array, axis_name) -> Array:
-    """0 for rows that do not count: an infinite weight of some class must not be multiplied with their 0 gradient."""
-    weights = class_weights.ravel()
-    owned = (labels >= 0) & (labels < weights.size)
-    owned = owned if keep is None else owned & keep
-    return total(jnp.where(owned, weights[jnp.where(owned, labels, 0)], 0), axis_name)
-
-
 def _add_z_loss(loss: Array, stats: RowStatistics, keep: Array | None, z_loss: Array | None) -> Array:
     if z_loss is not None:
         loss = loss + z_loss * stats.log_normalizer**2
     return loss if keep is None else jnp.where(keep, loss, 0)
-
-
-def _classes_last(array: Array, axes: tuple[int, ...], shape: tuple[int, ...]) -> Array:
-    """`array` with `axes` moved to the end and flattened to one, in the order given."""
-    if axes == (-1,):
-        return array
-    array = jnp.moveaxis(_broadcast_classes(array, axes, shape), axes, range(-len(axes), 0))
-    return array.reshape(
-        (
-            *array.shape[: array.ndim - len(axes)],
-            math.prod(array.shape[array.ndim - len(axes) :]),
-        )
-    )
-
-
-def _broadcast_classes(array: Array, axes: tuple[int, ...], shape: tuple[int, ...]) -> Array:
-    return jnp.broadcast_to(
-        array,
-        tuple(shape[a] if a in axes else array.shape[a] for a in range(-array.ndim, 0)),
-    )
-
-
-def _signed(labels: Array) -> Array:
-    """As int32 or int64, what is beyond their range being no class and so left at the largest number."""
-    wanted = jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32
-    if jnp.issubdtype(labels.dtype, jnp.unsignedinteger) and labels.dtype.itemsize >= 4:
-        labels = jnp.minimum(labels, jnp.array(jnp.iinfo(wanted).max, labels.dtype))
-    return labels.astype(wanted)
-
-
-def _is_zero(option: ArrayLike) -> bool:
-    return isinstance(option, int | float) and option == 0

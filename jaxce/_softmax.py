@@ -284,7 +284,7 @@ def _rounded_alike(label_logit: Array, m: Array, cap: Array | None) -> Array:
     return label_logit + jnp.where(jnp.abs(gap) <= 4 * jnp.finfo(m.dtype).eps * jnp.abs(m), gap, 0)
 
 
-def statistics_dtype(*arrays: Array | None):
+def statistics_dtype(*arrays: Array | jax.ShapeDtypeStruct | None):
     """float64 if an array is, else float32."""
     return jnp.float64 if any(a is not None and a.dtype == jnp.float64 for a in arrays) else jnp.float32
 

@@ -109,7 +109,9 @@ def test_first_order_and_products(mode, variable):
 
 
 @pytest.mark.parametrize("variable", ["logits of labels", "logits and dense"])
-@pytest.mark.parametrize("mode", HIGHER)
+@pytest.mark.parametrize(
+    "mode", [pytest.param(m, marks=pytest.mark.slow if m in ("fwd fwd fwd", "rev rev rev") else ()) for m in HIGHER]
+)
 def test_second_and_third_order(mode, variable):
     """Of the cubes of the losses, since those of dense targets are linear in them."""
     assert_same(HIGHER[mode], variable, lambda losses: lambda v: losses(v) ** 3)
@@ -123,7 +125,7 @@ def test_through_transformations(wrapper, mode, variable):
 
 
 @pytest.mark.parametrize("variable", ["logits of labels", "logits and dense"])
-@pytest.mark.parametrize("mode", ["value_and_grad", "jvp", "fwd rev"])
+@pytest.mark.parametrize("mode", ["value_and_grad", "jvp", pytest.param("fwd rev", marks=pytest.mark.slow)])
 def test_without_jit(mode, variable):
     assert_same({**FIRST, **HIGHER}[mode], variable, jit=False)
 
@@ -166,7 +168,7 @@ def test_second_order_of_a_confident_row(mode):
 # ----------------------------------------------------------------------------------------------- dtypes and vmap's axes
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("variable", VARIABLES[:3])
 def test_tangents_and_cotangents_have_the_dtype_of_their_variable(variable, dtype):
     rng = np.random.default_rng(0)

@@ -1,5 +1,6 @@
 """`label_statistics`: values, analytic gradients in every mode, masks, ties; everything with classes sharded."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -74,11 +75,13 @@ def test_every_mode(x64, variant, mode):
     labels = jnp.array([0, 2])
     options = {} if variant == "plain" else {"logit_cap": 2.0, "where": jnp.array([[True, False, True, True]])}
     z = logits(0, (2, 4), jnp.float64)
-    function = lambda z: jnp.stack(jaxce.label_statistics(z, labels, **options)[:3], -1)  # noqa: E731
-    truth = lambda z: jnp.stack(naive(z, labels, **options)[:3], -1)  # noqa: E731
-    wanted = jax.jit(lambda z: mode(truth, z))(z)
+
+    def numbers(statistics, z):
+        return jnp.stack(statistics(z, labels, **options)[:3], -1)
+
+    got, wanted = (jax.jit(partial(mode, partial(numbers, f)))(z) for f in (jaxce.label_statistics, naive))
     assert np.abs(wanted).max() > 1e-2
-    assert_close(jax.jit(lambda z: mode(function, z))(z), wanted, jnp.float64, factor=4)
+    assert_close(got, wanted, jnp.float64, factor=4)
 
 
 @pytest.mark.parametrize(
@@ -186,9 +189,11 @@ SHARDED = {  # options, and how those that are split are split
 }
 
 
+SINGLE = ("cap", "smoothing", "weights", "z_loss")  # all of them are in "all"
 CASES = [(f, name) for f in ("integer", "dense") for name in SHARDED]
 CASES += [("statistics", name) for name in ("none", "cap", "class mask", "row mask")]
 CASES += [("correct", name) for name in ("none", "cap", "class mask")]
+CASES = [pytest.param(f, name, marks=pytest.mark.slow if name in SINGLE else ()) for f, name in CASES]
 
 
 @pytest.mark.parametrize("function, name", CASES)

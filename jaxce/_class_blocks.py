@@ -1,0 +1,159 @@
+"""The softmax cross-entropy of a linear layer by blocks of classes: 4 matmuls, and no accumulator of W's size.
+
+A row's loss needs of all its logits only the running sums that the log-normalizer is made of. The backward pass makes
+each block of logits again, finishes that block of dW at once, and adds to dx. The formulas are those of
+`jaxce._softmax`, and so are the letters. A block's float32 logits take 32 MiB, or those of 128 classes if that is more.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from ._arguments import Options, class_weight_of
+from ._autodiff import with_pullback
+from ._layer import Layer, over_classes, varying_as
+from ._softmax import INVALID_LABEL, total
+
+
+class _Head(NamedTuple):
+    x: Any  # [N, D]
+    w: Any
+    bias: Any  # [K] or None
+    logit_cap: Any  # [] or None
+    class_weights: Any  # [K] or None, of the smoothed targets
+    labels: Any  # [N] as in `Selection.labels`
+
+
+class _Statistics(NamedTuple):
+    """Per row [N]."""
+
+    label_loss: Array  # −log o_y
+    spread: Array | None  # −Σ_k c_k log o_k, for label smoothing
+    shift: Array  # m, not differentiated: in m + L it cancels
+    log_sum: Array  # L
+
+
+class _Plan(NamedTuple):
+    layer: Layer
+    fitting: int  # classes per block
+    smooth: bool
+    axis_name: str | None
+
+
+def class_blocked_losses(
+    layer: Layer, x: Array, w: Array, bias: Array | None, labels: Array, options: Options, block_size, axis_name
+) -> Array:
+    """The loss of each row [N] of x [N, D], for labels as in `Selection.labels`."""
+    fitting = block_size or 2**23 // max(1, labels.size)  # float32 logits of 32 MiB
+    plan = _Plan(layer, fitting, options.label_smoothing is not None, axis_name)
+    c = None if options.class_weights is None else options.class_weights.ravel()
+    head = _Head(x, w, bias, options.logit_cap, c if plan.smooth else None, labels)
+    stats, _ = with_pullback(lambda head: (_forward(plan, head), None), functools.partial(_pull, plan))(head)
+
+    loss = stats.label_loss
+    if c is not None:
+        weight = class_weight_of(labels, None, c, axis_name)
+        # A label of weight 0 at a logit of −inf: 0·inf is 0 here, as in 0·log 0.
+        loss = weight * jnp.where((weight == 0) & jnp.isposinf(loss), 0, loss)
+    if options.label_smoothing is not None:
+        classes = layer.classes * (1 if axis_name is None else lax.axis_size(axis_name))
+        loss = (1 - options.label_smoothing) * loss + options.label_smoothing / classes * stats.spread
+    if options.z_loss is not None:
+        loss = loss + options.z_loss * (stats.shift + stats.log_sum) ** 2
+    return loss
+
+
+def _block(plan: _Plan, head: _Head, start, size):
+    """w, class weights [1, C], uncapped logits [N, C], and which of them are the labels', for one block of classes."""
+    w = lax.dynamic_slice_in_dim(head.w, start, size, plan.layer.class_axis)
+    bias = None if head.bias is None else lax.dynamic_slice_in_dim(head.bias, start, size)
+    c = jnp.ones((1, size), plan.layer.sums)
+    if head.class_weights is not None:
+        c = lax.dynamic_slice_in_dim(head.class_weights, start, size)[None]
+    z = plan.layer.logits(head.x, w, bias)
+    label = start + lax.broadcasted_iota(jnp.int32, z.shape, 1) == head.labels[:, None]
+    return w, c, z, label
+
+
+def _capped(z, logit_cap):
+    if logit_cap is None:
+        return z
+    return logit_cap * jnp.tanh(jnp.clip(z, -40 * logit_cap, 40 * logit_cap) / logit_cap)
+
+
+def _forward(plan: _Plan, head: _Head) -> _Statistics:
+    """Running maximum m and Σ exp(z − m) without the label, as in `jaxce._softmax`, which explains why without."""
+    lowest = jnp.finfo(plan.layer.sums).min  # not −inf: −inf − −inf is NaN
+
+    @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
+    def step(carry, start, size):
+        m, rest, label_logit, spread, mass = carry
+        _, c, z, label = _block(plan, head, start, size)
+        z = _capped(z, head.logit_cap)
+        label_logit = label_logit + jnp.where(label, z, 0).sum(1)
+        new_m = jnp.maximum(m, z.max(1))
+        rest = rest * jnp.exp(m - new_m) + jnp.where(label, 0, jnp.exp(z - new_m[:, None])).sum(1)
+        if plan.smooth:
+            spread = spread + mass * (new_m - m) + jnp.where(c == 0, 0, c * (new_m[:, None] - z)).sum(1)
+            mass = mass + c.sum()
+        return new_m, rest, label_logit, spread, mass
+
+    zeros = varying_as(jnp.zeros(head.labels.shape, plan.layer.sums), *jax.tree.leaves(head))
+    carry = zeros + lowest, zeros, zeros, zeros, zeros[:1].sum()
+    m, rest, label_logit, spread, mass = over_classes(step, carry, plan.layer.classes, plan.fitting)
+
+    if plan.axis_name is not None:
+        local_m = m
+        m = lax.pmax(lax.stop_gradient(local_m), plan.axis_name)
+        rest, spread = rest * jnp.exp(local_m - m), spread + mass * (m - local_m)
+    label_logit = jnp.where(head.labels == INVALID_LABEL, jnp.nan, label_logit)
+    rest, label_logit, spread, mass = total((rest, label_logit, spread, mass), plan.axis_name)
+    log_sum = jnp.log1p(rest + jnp.expm1(label_logit - m))
+    log_sum = jnp.where(jnp.isfinite(m) & (m > lowest), log_sum, jnp.nan)
+    return _Statistics((m - label_logit) + log_sum, spread + mass * log_sum if plan.smooth else None, m, log_sum)
+
+
+def _pull(plan: _Plan, head: _Head, stats: _Statistics, g: _Statistics, moving: _Head) -> _Head:
+    """dz_k = A·o_k − g_y·onehot_k − g_s·c_k, A = g_y + g_s·Σc + g_lse; at the label, o_y − 1 = expm1(−label_loss)."""
+    layer = plan.layer
+    m, log_sum = stats.shift[:, None], stats.log_sum[:, None]
+    g_label, g_lse = g.label_loss[:, None], g.log_sum[:, None]
+    g_spread = None if g.spread is None else g.spread[:, None]
+    if g_spread is not None:
+        c = jnp.ones(layer.classes, layer.sums) if head.class_weights is None else head.class_weights
+        g_lse = g_lse + g_spread * total(c.sum(), plan.axis_name)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
+    def step(grads, start, size):
+        w, c, raw, label = _block(plan, head, start, size)
+        cap = None if head.logit_cap is None else varying_as(head.logit_cap, raw)
+        z, uncap = jax.vjp(_capped, raw, cap)
+        o = jnp.exp((z - m) - log_sum)
+        dz = jnp.where(label, g_label * jnp.expm1(-stats.label_loss)[:, None] + g_lse * o, (g_label + g_lse) * o)
+        dz = dz if g_spread is None else dz - g_spread * c
+        draw, dcap = uncap(dz)
+
+        def put(total, part, axis=0):
+            return lax.dynamic_update_slice_in_dim(total, part.astype(total.dtype), start, axis)
+
+        def dc(g_spread):
+            return jnp.sum(g_spread * jnp.where((c == 0) & jnp.isneginf(z), 0, (m - z) + log_sum), 0)
+
+        return grads._replace(
+            x=grads.x + layer.dx(draw, w) if moving.x else None,
+            w=put(grads.w, layer.dw(head.x, draw), layer.class_axis) if moving.w else None,
+            bias=put(grads.bias, draw.sum(0)) if moving.bias else None,
+            logit_cap=grads.logit_cap + dcap if moving.logit_cap else None,
+            class_weights=put(grads.class_weights, dc(g_spread)) if moving.class_weights else None,
+        )
+
+    def zeros(a, moves):
+        return varying_as(jnp.zeros_like(a), *jax.tree.leaves((head, g))) if moves else None
+
+    grads = jax.tree.map(zeros, head, moving)
+    grads = grads if grads.x is None else grads._replace(x=grads.x.astype(layer.sums))
+    grads = over_classes(step, grads, layer.classes, plan.fitting)
+    return grads if grads.x is None else grads._replace(x=grads.x.astype(head.x.dtype))

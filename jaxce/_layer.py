@@ -1,0 +1,86 @@
+"""The linear layer z = x·W + b by blocks: its three matmuls, for either layout of W, and loops over its classes."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from . import _checks
+
+
+class Layer(NamedTuple):
+    """What is known of the layer before it is run. B rows, D features, K classes."""
+
+    classes: int  # K, on this shard
+    class_axis: int  # of w: 1 for [D, K], 0 for [K, D]
+    operands: jnp.dtype
+    sums: jnp.dtype  # of what is accumulated: float32 or float64
+
+    @classmethod
+    def of(cls, function, x, w, bias, class_axis, dtype) -> tuple["Layer", Array, Array, Array | None]:
+        x, w = _checks.floating(function, "x", x), _checks.floating(function, "w", w)
+        if w.ndim != 2:
+            raise _checks.value_error(function, "w", f"of shape {w.shape}", "two axes, [D, K] or [K, D]")
+        classes, features = w.shape[class_axis], w.shape[1 + class_axis]
+        if x.ndim == 0 or x.shape[-1] != features:
+            raise _checks.value_error(function, "x", f"of shape {x.shape}", f"[..., {features}], for w {w.shape}")
+        if classes == 0:
+            raise _checks.value_error(function, "w", f"of shape {w.shape}", "at least one class")
+        if bias is not None:
+            bias = _checks.floating(function, "bias", bias)
+            _checks.shape(function, "bias", bias, (classes,), "one number for each class")
+        operands = jnp.result_type(x, w) if dtype is None else jnp.dtype(dtype)
+        sums = jnp.dtype(jnp.float64 if operands == jnp.float64 else jnp.float32)
+        return cls(classes, class_axis % 2, operands, sums), x, w, bias
+
+    def logits(self, x: Array, w: Array, bias: Array | None) -> Array:
+        z = self._dot(x, 1, w, 1 - self.class_axis)
+        return z if bias is None else z + bias.astype(self.sums)[None]  # [B, K]
+
+    def dx(self, dz: Array, w: Array) -> Array:
+        return self._dot(dz, 1, w, self.class_axis)  # [B, D]
+
+    def dw(self, x: Array, dz: Array) -> Array:
+        return self._dot(x, 0, dz, 0) if self.class_axis else self._dot(dz, 0, x, 0)
+
+    def add_dw(self, total: Array, x: Array, dz: Array) -> Array:
+        """total + dw(x, dz), in place and tile by tile: updated at once, the update would be a buffer of W's size."""
+
+        def add(total, start, size):
+            update = self.dw(x, lax.dynamic_slice_in_dim(dz, start, size, 1))
+            # Behind a barrier: fused with the update in place, XLA on CPU would add on one core only.
+            update = lax.optimization_barrier(update + lax.dynamic_slice_in_dim(total, start, size, self.class_axis))
+            return lax.dynamic_update_slice_in_dim(total, update, start, self.class_axis)
+
+        return over_classes(add, total, self.classes, DW_TILE // max(1, x.shape[1]))
+
+    def _dot(self, a: Array, a_axis: int, b: Array, b_axis: int) -> Array:
+        a, b = a.astype(self.operands), b.astype(self.operands)
+        return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=self.sums)
+
+
+DW_TILE = 3 * 2**18  # numbers: 3 MiB stay in a core's caches
+
+
+def over_classes(step, carry, classes: int, fitting: int):
+    """`step(carry, start, size)` for blocks of at most about `fitting` classes, the last one smaller.
+
+    Nothing is padded. Sizes are multiples of 128, as with any other a TPU copies the whole of w; of these, one that
+    leaves a small last block: on a CPU, matmuls of an odd number of classes are slow.
+    """
+    most = max(1, fitting // 128)
+    size = 128 * min(range(-(-3 * most // 4), most + 1), key=lambda lanes: (classes // 128 % lanes, -lanes))
+    size = min(classes, size)
+    whole = classes // size
+    carry, _ = lax.scan(lambda carry, i: (step(carry, i * size, size), None), carry, jnp.arange(whole, dtype=jnp.int32))
+    rest = classes - whole * size
+    return step(carry, whole * size, rest) if rest else carry
+
+
+def varying_as(a: Array, *arrays: Array | None) -> Array:
+    """`a`; in `jax.shard_map` it then varies over every mesh axis that one of `arrays` varies over too."""
+    for array in arrays:
+        if array is not None:
+            number = lax.stop_gradient(array).ravel()[:1].sum()
+            a = jnp.where(False, number.astype(a.dtype), a)
+    return a

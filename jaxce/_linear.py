@@ -1,0 +1,268 @@
+"""Losses of a linear layer's outputs that never hold more than a block of the logits.
+
+With logits z = x·W + b, a row-wise loss ℓ and its gradient δ, a step of training has three matmuls: z, dx = δ·Wᵀ and
+dW = xᵀ·δ. Two ways not to hold z and δ:
+
+* by blocks of rows (`jaxce._row_blocks`), for any loss. A scalar Σ_i g_i ℓ_i knows the cotangents g beforehand, so the
+  loop that computes the losses finishes dx, dW, … while a block's logits are live, and reverse mode only scales them:
+  3 matmuls. Without differentiation only the losses are computed: 1 matmul. Losses per row learn g in the backward
+  pass, which makes the logits again: 4 matmuls.
+* by blocks of classes (`jaxce._class_blocks`), for the softmax cross-entropy: 4 matmuls, and dW needs no accumulator.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from . import _checks
+from ._arguments import Options, class_weight_of, ignored, local_labels
+from ._autodiff import with_gradients, with_pullback
+from ._class_blocks import class_blocked_losses
+from ._layer import Layer, varying_as
+from ._losses import softmax_cross_entropy_with_integer_labels
+from ._row_blocks import RowBlocks, rows_per_block, sweep_of
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+def fused_linear(
+    loss_fn: Callable[..., Any],
+    *,
+    reduction: Reduction = "mean",
+    has_aux: bool = False,
+    class_axis: int = -1,
+    dtype: DTypeLike | None = None,
+    block_size: int | None = None,
+) -> Callable[..., Any]:
+    """Turns a row-wise loss of logits into a loss of the linear layer before it, which never holds all the logits.
+
+    The result is the function `f(x, w, *row_args, bias=None, weights=None, normalizer=None)` that returns what
+    `loss_fn(x @ w + bias, *row_args)`, reduced over rows, returns, and takes the time of its three matmuls. Every mode
+    of differentiation works: grad, jvp, jacfwd, hessian, vmap, scan, checkpoint, … with respect to `x`, `w`, `bias`,
+    `weights`, `normalizer`, floating row arguments and arrays that `loss_fn` closes over; what is not asked for costs
+    nothing.
+
+    Args:
+        loss_fn: maps logits [B, K], float32 (float64 for float64 operands), and a block [B, ...] of each row argument
+            to losses [B]; with `has_aux`, to (losses, aux), aux a pytree of arrays [B, ...]. A row's loss must depend
+            on that row alone. It sees some row twice when the rows cannot be split evenly.
+        reduction: "mean" (default), Σ weights·loss / Σ weights, or / `normalizer`, and 0 where that divisor is 0;
+            "sum", Σ weights·loss; or "none", weights·loss of each row.
+        has_aux: whether `loss_fn` returns aux, which is not differentiated. Default False.
+        class_axis: -1 (default) for w [D, K], 0 for w [K, D], as tied embeddings have it.
+        dtype: floating dtype of the matmuls' operands, default that of x @ w. Sums are in float32 (float64) whatever it
+            is, and the gradients in the dtypes of their arguments.
+        block_size: rows per block, at most; default chosen from K (see `jaxce._row_blocks`).
+
+    Returns:
+        `f`. Its arguments: x [..., D] and w floating; row arguments, pytrees of arrays [..., any]; bias [K] floating;
+        weights [...] real, default all ones; normalizer, a real scalar, for the mean only: a global token count, for
+        gradient accumulation and data parallelism. It returns the loss, float32 (float64), [] or [...] for "none"; with
+        `has_aux`, (loss, aux), aux arrays [..., any].
+
+    Raises:
+        TypeError: a dtype is wrong (here, or when `f` is called).
+        ValueError: a shape or an option is wrong, or there is no class.
+
+    With no rows, a sum or mean is 0 with zero gradients. Only operands of dtype bfloat16 or wider keep small gradients:
+    the logits' gradients, which contain the 1/N of a mean, are rounded to the operands' dtype.
+
+    Inside `jax.shard_map` (with check_vma=True) rows, classes or both may be split: `loss_fn` sees this shard's logits,
+    and reduces over the mesh axis of the classes itself (the losses of this package do so by their `axis_name`).
+    Gradients are summed over shards as the types say.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxce
+        >>> def focal(logits, labels):
+        ...     loss = jaxce.softmax_cross_entropy_with_integer_labels(logits, labels)
+        ...     return (1 - jnp.exp(-loss)) ** 2 * loss
+        >>> x, w, y = jnp.ones((6, 3)), jnp.eye(3, 5), jnp.array([0, 1, 2, 3, 4, 0])
+        >>> loss, (dx, dw) = jax.value_and_grad(jaxce.fused_linear(focal), (0, 1))(x, w, y)
+        >>> bool(jnp.allclose(loss, focal(x @ w, y).mean()))
+        True
+
+    Source: the three matmuls of a row's loss, in the module `jaxce._linear`.
+    """
+    function = "fused_linear"
+    _check_options(function, reduction, class_axis, dtype, block_size)
+
+    def fused(x, w, *row_args, bias=None, weights=None, normalizer=None):
+        layer, x, w, bias = Layer.of(function, x, w, bias, class_axis, dtype)
+        lead = x.shape[:-1]
+        row_args = jax.tree.map(lambda a: _checks.leading(function, "row_args", jnp.asarray(a), lead), row_args)
+        weights, normalizer = _check_weights(function, weights, normalizer, lead, reduction, layer)
+
+        rows = RowBlocks.of(lead, block_size or rows_per_block(layer.classes))
+        x, row_args = jax.tree.map(rows.split, (x, row_args))
+        # In shard_map each shard's own gradients are wanted, also of what is the same on all: they are summed later.
+        x = varying_as(x, *jax.tree.leaves(row_args))
+        row_args = jax.tree.map(lambda a: varying_as(a, x), row_args)
+        sweep, inputs = sweep_of(function, layer, loss_fn, has_aux, x, w, bias, row_args)
+        if reduction == "none":
+            losses, aux = with_pullback(sweep, lambda inputs, _, g, moving: sweep(inputs, g, moving)[0][1])(inputs)
+            out = rows.join(losses)
+            out = out if weights is None else weights * out
+        else:
+            scale = _row_scale(reduction, weights, normalizer, lead, layer)
+            out, aux = with_gradients(sweep, sweep)(inputs, rows.split(scale, repeat=False))
+        return (out, jax.tree.map(rows.join, aux)) if has_aux else out
+
+    return fused
+
+
+def linear_cross_entropy(
+    x: ArrayLike,
+    w: ArrayLike,
+    labels: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    reduction: Reduction = "mean",
+    normalizer: ArrayLike | None = None,
+    ignore_index: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    class_weights: ArrayLike | None = None,
+    logit_cap: ArrayLike | None = None,
+    z_loss: ArrayLike = 0.0,
+    class_axis: int = -1,
+    dtype: DTypeLike | None = None,
+    block_size: int | None = None,
+    recompute: bool = False,
+    axis_name: str | None = None,
+) -> Array:
+    """Softmax cross-entropy of a linear layer's outputs, without their logits: the loss of a language model's head.
+
+    Equals `softmax_cross_entropy_with_integer_labels(x @ w + bias, labels, …)`, reduced over rows, and takes the time
+    of its three matmuls. It is `fused_linear` of that loss: every mode of differentiation works, and what no gradient
+    is asked for costs nothing.
+
+    Args:
+        x: floating, [..., D].
+        w: floating, [D, K], or [K, D] with class_axis=0.
+        labels: integer, [...].
+        bias: floating, [K], default none.
+        weights: real, [...], default all ones: the weight of each row.
+        reduction: "mean" (default): Σ weights·loss / Σ weights over the rows not ignored, times the class weight of the
+            row's label where `class_weights` is given (as PyTorch does), or / `normalizer`; 0 where that divisor is 0.
+            "sum": Σ weights·loss. "none": weights·loss of each row.
+        normalizer: real scalar, default none, for the mean only: what to divide by, as a global token count for
+            gradient accumulation and data parallelism.
+        ignore_index, label_smoothing, class_weights, logit_cap, z_loss: as in
+            `softmax_cross_entropy_with_integer_labels`.
+        class_axis, dtype: as in `fused_linear`.
+        block_size: rows per block as in `fused_linear`; where classes are blocked, classes per block, a multiple of
+            128. Default chosen from the shapes (see `jaxce._row_blocks` and `jaxce._class_blocks`).
+        recompute: block classes, not rows, and compute the logits again in the backward pass: 4 matmuls instead of 3,
+            but no accumulator of the size of `w`. Default False; always so for reduction="none".
+        axis_name: inside `jax.shard_map` (with check_vma=True), the mesh axis that the classes are split over, default
+            none. `w`, `bias` and `class_weights` are this shard's; labels count from the first class of the first
+            shard; every shard holds equally many classes (a bias of −inf masks what is too many, where neither
+            label_smoothing nor logit_cap is used).
+
+    Returns:
+        The loss, float32 (float64 for float64 operands): [], or [...] for reduction="none".
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape or an option is wrong, or there is no class.
+
+    A row ignored has loss 0 and gradient exactly 0 whatever `x` holds there. When all are ignored, or there are none,
+    a mean is 0 with zero gradients. Any other row whose label is outside [0, K) makes the loss NaN.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxce
+        >>> x, w, labels = jnp.ones((2, 3)), jnp.eye(3, 4), jnp.array([0, 3])
+        >>> print(f"{jaxce.linear_cross_entropy(x, w, labels):.4f}")
+        1.7143
+        >>> dx, dw = jax.grad(jaxce.linear_cross_entropy, (0, 1))(x, w, labels)
+
+    Source: `softmax_cross_entropy_with_integer_labels` and `fused_linear`.
+    """
+    function = "linear_cross_entropy"
+    _check_options(function, reduction, class_axis, dtype, block_size)
+    layer, x, w, bias = Layer.of(function, x, w, bias, class_axis, dtype)
+    lead = x.shape[:-1]
+    labels = _checks.integer(function, "labels", labels)
+    _checks.shape(function, "labels", labels, lead, "one label for each row of x")
+    weights, normalizer = _check_weights(function, weights, normalizer, lead, reduction, layer)
+    like = jax.ShapeDtypeStruct((1, layer.classes), layer.sums)
+    options = Options.of(function, like, None, label_smoothing, class_weights, logit_cap, z_loss, axis_name=axis_name)
+
+    keep = None
+    if ignore_index is not None:
+        keep = ~ignored(function, labels, ignore_index)
+        x = jnp.where(keep[..., None], x, 0)  # or a NaN there, times a gradient of 0, would reach dw
+        labels = jnp.where(keep, labels, 0)
+    local = local_labels(function, labels, keep, layer.classes, axis_name)
+    if reduction == "mean" and normalizer is None:
+        normalizer = jnp.ones(lead, layer.sums) if weights is None else weights
+        if options.class_weights is not None:
+            normalizer = normalizer * class_weight_of(local, keep, options.class_weights, axis_name)
+        normalizer = jnp.sum(normalizer if keep is None else jnp.where(keep, normalizer, 0))
+
+    if recompute or reduction == "none":
+        if block_size is not None and block_size % 128:
+            raise _checks.value_error(
+                function, "block_size", block_size, "a multiple of 128, where classes are blocked"
+            )
+        x, local = x.reshape(local.size, x.shape[-1]), local.ravel()
+        losses = class_blocked_losses(layer, x, w, bias, local, options, block_size, axis_name).reshape(lead)
+        losses = losses if keep is None else jnp.where(keep, losses, 0)
+        if reduction == "none":
+            return losses if weights is None else weights * losses
+        return jnp.sum(_row_scale(reduction, weights, normalizer, lead, layer) * losses)
+
+    def varying(option):  # in shard_map as the losses do, as fused_linear asks of what a loss closes over
+        return varying_as(option, x, labels) if isinstance(option, Array) else option
+
+    loss_fn = functools.partial(
+        _loss_of_block,
+        label_smoothing=varying(label_smoothing),
+        class_weights=varying(class_weights),
+        logit_cap=varying(logit_cap),
+        z_loss=varying(z_loss),
+        axis_name=axis_name,
+    )
+
+    loss = fused_linear(loss_fn, reduction=reduction, class_axis=class_axis, dtype=dtype, block_size=block_size)
+    return loss(x, w, labels, keep, bias=bias, weights=weights, normalizer=normalizer)
+
+
+def _loss_of_block(logits, labels, keep, **options):
+    return softmax_cross_entropy_with_integer_labels(logits, labels, where=keep, **options)
+
+
+def _check_options(function, reduction, class_axis, dtype, block_size):
+    if reduction not in ("mean", "sum", "none"):
+        raise _checks.value_error(function, "reduction", repr(reduction), "'mean', 'sum' or 'none'")
+    if class_axis not in (-1, 0):
+        raise _checks.value_error(function, "class_axis", repr(class_axis), "-1 for w [D, K] or 0 for w [K, D]")
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise _checks.type_error(function, "dtype", repr(dtype), "a floating dtype")
+    if block_size is not None and (not isinstance(block_size, int) or block_size < 1):
+        raise _checks.value_error(function, "block_size", repr(block_size), "a positive int")
+
+
+def _check_weights(function, weights, normalizer, lead, reduction, layer):
+    if weights is not None:
+        weights = _checks.real(function, "weights", weights).astype(layer.sums)
+        _checks.shape(function, "weights", weights, lead, "one weight for each row of x")
+    if normalizer is not None:
+        if reduction != "mean":
+            raise _checks.value_error(function, "normalizer", f"given with reduction={reduction!r}", "it with 'mean'")
+        normalizer = _checks.scalar(function, "normalizer", normalizer, layer.sums)
+    return weights, normalizer
+
+
+def _row_scale(reduction, weights, normalizer, lead, layer):
+    """g, what each row's loss is multiplied by. Here, not after the sum, so that gradients need no second scaling."""
+    scale = jnp.ones(lead, layer.sums) if weights is None else weights
+    if reduction == "sum":
+        return scale
+    divisor = scale.sum() if normalizer is None else normalizer
+    return jnp.where(divisor == 0, 0, scale / jnp.where(divisor == 0, 1, divisor))
