@@ -163,9 +163,8 @@ def _summed_like(value: Array, like: Array) -> Array:
 
     It is the cotangent of `like` if `value` is that of a copy on each shard, so autodiff of the copying finds the sum.
     """
-    like = like.astype(value.dtype)
-    mixed, pull = jax.vjp(lambda like: jnp.where(True, like, value), like)
-    return pull(jnp.where(False, mixed, value))[0]
+    mixed, pull = jax.vjp(lambda like: like + jnp.zeros_like(value), like.astype(value.dtype))
+    return pull(value + jnp.zeros_like(mixed))[0]
 
 
 def _is_zero(rate) -> bool:

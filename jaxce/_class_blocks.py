@@ -15,7 +15,7 @@ from jax import Array, lax
 from ._arguments import Options, class_weight_of
 from ._autodiff import with_pullback
 from ._layer import Layer, over_classes, varying_as
-from ._softmax import INVALID_LABEL, total
+from ._softmax import INVALID_LABEL, soft_capped, total
 
 
 class _Head(NamedTuple):
@@ -79,9 +79,7 @@ def _block(plan: _Plan, head: _Head, start, size):
 
 
 def _capped(z, logit_cap):
-    if logit_cap is None:
-        return z
-    return logit_cap * jnp.tanh(jnp.clip(z, -40 * logit_cap, 40 * logit_cap) / logit_cap)
+    return z if logit_cap is None else soft_capped(z, logit_cap)
 
 
 def _forward(plan: _Plan, head: _Head) -> _Statistics:

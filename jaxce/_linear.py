@@ -172,7 +172,8 @@ def linear_cross_entropy(
         ValueError: a shape or an option is wrong, or there is no class.
 
     A row ignored has loss 0 and gradient exactly 0 whatever `x` holds there. When all are ignored, or there are none,
-    a mean is 0 with zero gradients. Any other row whose label is outside [0, K) makes the loss NaN.
+    a mean is 0 with zero gradients. Any other row whose label is outside [0, K) makes the loss NaN; under
+    `jax.experimental.checkify.checkify` it is an error that names the row and the label.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxce

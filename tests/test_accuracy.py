@@ -333,3 +333,19 @@ def test_second_derivatives_of_confident_rows_are_exact(inner, outer, margin):
 
     for loss in (integer,) if inner is outer is jax.jacrev else (integer, dense):  # dense, rev-rev: a documented limit
         assert abs(outer(inner(loss))(logits)[0, 0] / truth - 1) < 5e-6
+
+
+@pytest.mark.parametrize("mode", [jax.jacrev, jax.jacfwd])
+def test_gradient_through_a_saturated_cap_is_exact(mode):
+    """∂cap·tanh(z/cap)/∂z = 1/cosh²(z/cap), which 1 − tanh² rounds to 0 or to a rounding error."""
+    z, cap = np.linspace(-90, 90, 37, dtype=np.float32)[:, None] * np.ones(2, np.float32), 5.0
+    z[:, 1] = 1
+
+    def losses(z):
+        return jaxce.softmax_cross_entropy_with_integer_labels(z, jnp.ones(37, jnp.int32), logit_cap=cap)
+
+    got = np.asarray(jax.jit(mode(lambda z: losses(z)))(jnp.asarray(z)))[np.arange(37), np.arange(37)]
+    capped = cap * np.tanh(z.astype(np.float64) / cap)
+    o = 1 / (1 + np.exp(capped[:, 1] - capped[:, 0]))
+    truth = o / np.cosh(z[:, 0].astype(np.float64) / cap) ** 2
+    np.testing.assert_allclose(got[:, 0], truth, rtol=1e-5)

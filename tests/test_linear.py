@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 
 from jaxce import fused_linear, linear_cross_entropy
 
@@ -118,11 +119,26 @@ MODES = (
 ).split(", ")
 
 
+# By default every mode by blocks of rows, and some by blocks of classes.
+QUICK_ROWS = ("jvp", "reverse over forward", "scan", "vmap over x")
+QUICK_CLASSES = ("grad", "forward over reverse", "reverse over reverse", "vmap over heads", "checkpoint")
+
+
+def each_mode(*variants):
+    """Each mode with each of (its quick modes, other parameters); the rest is slow."""
+    return [
+        pytest.param(mode, *rest, marks=() if mode in quick else pytest.mark.slow)
+        for quick, *rest in variants
+        for mode in MODES
+    ]
+
+
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    ("reduction", "recompute", "class_axis", "block_size"),
-    [("mean", False, -1, 3), ("mean", True, 0, 128), ("none", True, -1, 128)],
+    ("mode", "reduction", "recompute", "class_axis", "block_size"),
+    each_mode(
+        (MODES, "mean", False, -1, 3), (QUICK_CLASSES, "mean", True, 0, 128), (QUICK_ROWS, "none", True, -1, 128)
+    ),
 )
 def test_cross_entropy_in_every_mode(mode, reduction, recompute, class_axis, block_size):
     rng = np.random.default_rng(1)
@@ -144,8 +160,7 @@ def test_cross_entropy_in_every_mode(mode, reduction, recompute, class_axis, blo
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("mode", "reduction"), each_mode((MODES, "mean"), (QUICK_ROWS, "none")))
 def test_any_loss_in_every_mode(mode, reduction):
     rng = np.random.default_rng(2)
     x, w, labels = problem(7, 3, 5, np.float64)
@@ -278,6 +293,16 @@ def test_an_invalid_label_is_nan(recompute, label):
         got, dx = jax.value_and_grad(loss)(x, w, labels.at[2].set(label))
         assert np.isnan(got)
         assert np.isnan(dx[2]).all()
+
+
+@BLOCKED_OVER
+def test_checkify_names_the_function_row_and_label(recompute):
+    x, w, labels = problem(40, 3, 5)
+    loss = partial(linear_cross_entropy, recompute=recompute, block_size=None if recompute else 16)
+    for f in (loss, jax.grad(loss)):
+        error, _ = checkify.checkify(jax.jit(f))(x, w, labels.at[33].set(5))
+        assert "linear_cross_entropy: labels has 5 in row 33 (of the flattened batch), wanted 0 to 4" in error.get()
+        assert checkify.checkify(jax.jit(f))(x, w, labels)[0].get() is None
 
 
 @BLOCKED_OVER

@@ -178,7 +178,8 @@ def main(arguments: list[str] | None = None) -> int:
             file.write("\n")
     if options.plot:
         plot(rows, options.plot)
-    return 1 if any(row.get("wrong") for row in rows if row["contender"].startswith("jaxce")) else 0
+    ours = [row for row in rows if row["contender"].startswith("jaxce")]
+    return 1 if any(row.get("wrong") or "failed" in row for row in ours) else 0
 
 
 if __name__ == "__main__":
