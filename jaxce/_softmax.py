@@ -252,8 +252,8 @@ def soft_capped(z: Array, cap: Array) -> Array:
 @soft_capped.defjvp
 def _soft_capped_jvp(primals, tangents):
     (z, cap), (z_rate, cap_rate) = primals, tangents
-    u = jnp.clip(z / cap, -40, 40)  # finite at ±inf; beyond 40 nothing is left
-    slope = 1 / jnp.cosh(u) ** 2
+    u = jnp.clip(z / cap, -40, 40)  # so that derivatives of cosh are finite; beyond 40 the slope is under 1e-33
+    slope = jnp.where(jnp.isinf(z), 0, 1 / jnp.cosh(u) ** 2)
     return soft_capped(z, cap), slope * z_rate + (_tanh(u) - u * slope) * cap_rate
 
 

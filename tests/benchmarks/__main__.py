@@ -31,11 +31,13 @@ MOST_MILLISECONDS = 25_000  # of one contender at one problem, beyond which it i
 PEERS = ("jax", "jaxlib", "optax", "torch", "tokamax", "jax-cce", "marin-levanter")
 
 
-def measure(problem: Problem, repeats: int, progress) -> list[dict[str, Any]]:
+def measure(problem: Problem, repeats: int, skipped: list[str], progress) -> list[dict[str, Any]]:
     arguments = jax.block_until_ready(problems.data(problem))
     truth = problems.truth(problem, arguments)
     rows, running = [], {}
     for name, compile_one in contenders(problem, arguments).items():
+        if name in skipped:
+            continue
         row: dict[str, Any] = {"problem": problem.name, "contender": name}
         rows.append(row)
         try:
@@ -154,6 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small shapes: a check that it runs, not a measurement")
     parser.add_argument("--only", default="", metavar="TEXT", help="problems whose name contains TEXT")
+    parser.add_argument("--skip", default="", metavar="NAMES", help="contenders to leave out, separated by commas")
     parser.add_argument("--repeats", type=int, default=7, help="runs of each contender (default 7)")
     parser.add_argument("--json", metavar="FILE", help="write what was measured")
     parser.add_argument("--plot", metavar="FILE.png", help="draw times and memory")
@@ -167,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tqdm(unit="run", file=sys.stderr) as progress:
         for problem in chosen:
             progress.set_description(problem.name)
-            measured = measure(problem, options.repeats, progress)
+            measured = measure(problem, options.repeats, options.skip.split(","), progress)
             print_rows(measured)
             rows += measured
     result = {"machine": machine(), "repeats": options.repeats, "rows": rows}
