@@ -156,7 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small shapes: a check that it runs, not a measurement")
     parser.add_argument("--only", default="", metavar="TEXT", help="problems whose name contains TEXT")
-    parser.add_argument("--skip", default="", metavar="NAMES", help="contenders to leave out, separated by commas")
+    parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="a contender to leave out")
     parser.add_argument("--repeats", type=int, default=7, help="runs of each contender (default 7)")
     parser.add_argument("--json", metavar="FILE", help="write what was measured")
     parser.add_argument("--plot", metavar="FILE.png", help="draw times and memory")
@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tqdm(unit="run", file=sys.stderr) as progress:
         for problem in chosen:
             progress.set_description(problem.name)
-            measured = measure(problem, options.repeats, options.skip.split(","), progress)
+            measured = measure(problem, options.repeats, options.skip, progress)
             print_rows(measured)
             rows += measured
     result = {"machine": machine(), "repeats": options.repeats, "rows": rows}
