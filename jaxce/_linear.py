@@ -42,7 +42,7 @@ def fused_linear(
     """Turns a row-wise loss of logits into a loss of the linear layer before it, which never holds all the logits.
 
     The result is the function `f(x, w, *row_args, bias=None, weights=None, normalizer=None)` that returns what
-    `loss_fn(x @ w + bias, *row_args)`, reduced over rows, returns, and takes the time of its three matmuls. Every mode
+    `loss_fn(x @ w + bias, *row_args)`, reduced over rows, returns, in about the time of its three matmuls. Every mode
     of differentiation works: grad, jvp, jacfwd, hessian, vmap, scan, checkpoint, … with respect to `x`, `w`, `bias`,
     `weights`, `normalizer`, floating row arguments and arrays that `loss_fn` closes over; what is not asked for costs
     nothing.
@@ -137,7 +137,7 @@ def linear_cross_entropy(
 ) -> Array:
     """Softmax cross-entropy of a linear layer's outputs, without their logits: the loss of a language model's head.
 
-    Equals `softmax_cross_entropy_with_integer_labels(x @ w + bias, labels, …)`, reduced over rows, and takes the time
+    Equals `softmax_cross_entropy_with_integer_labels(x @ w + bias, labels, …)`, reduced over rows, in about the time
     of its three matmuls. It is `fused_linear` of that loss: every mode of differentiation works, and what no gradient
     is asked for costs nothing.
 
