@@ -19,7 +19,6 @@ from importlib import metadata
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from . import problems
 from .contenders import Contender, contenders
@@ -186,5 +185,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    jnp.zeros(()).block_until_ready()
     sys.exit(main())
