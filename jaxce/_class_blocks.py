@@ -14,6 +14,7 @@ from jax import Array, lax
 
 from ._arguments import Options, class_weight_of
 from ._autodiff import with_pullback
+from ._elementary import exp, expm1, log1p
 from ._layer import Layer, over_classes, varying_as
 from ._softmax import INVALID_LABEL, soft_capped, total
 
@@ -69,6 +70,9 @@ def class_blocked_losses(
 def _block(plan: _Plan, head: _Head, start, size):
     """w, class weights [1, C], uncapped logits [N, C], and which of them are the labels', for one block of classes."""
     w = lax.dynamic_slice_in_dim(head.w, start, size, plan.layer.class_axis)
+    if plan.layer.operands == jnp.bfloat16:
+        # Rounds as the cast to come does. XLA for TPUs would move a mere cast out of the loop, and make it of all of w.
+        w = lax.reduce_precision(w, exponent_bits=8, mantissa_bits=7)
     bias = None if head.bias is None else lax.dynamic_slice_in_dim(head.bias, start, size)
     c = jnp.ones((1, size), plan.layer.sums)
     if head.class_weights is not None:
@@ -93,7 +97,7 @@ def _forward(plan: _Plan, head: _Head) -> _Statistics:
         z = _capped(z, head.logit_cap)
         label_logit = label_logit + jnp.where(label, z, 0).sum(1)
         new_m = jnp.maximum(m, z.max(1))
-        rest = rest * jnp.exp(m - new_m) + jnp.where(label, 0, jnp.exp(z - new_m[:, None])).sum(1)
+        rest = rest * exp(m - new_m) + jnp.where(label, 0, exp(z - new_m[:, None])).sum(1)
         if plan.smooth:
             spread = spread + mass * (new_m - m) + jnp.where(c == 0, 0, c * (new_m[:, None] - z)).sum(1)
             mass = mass + c.sum()
@@ -106,10 +110,10 @@ def _forward(plan: _Plan, head: _Head) -> _Statistics:
     if plan.axis_name is not None:
         local_m = m
         m = lax.pmax(lax.stop_gradient(local_m), plan.axis_name)
-        rest, spread = rest * jnp.exp(local_m - m), spread + mass * (m - local_m)
+        rest, spread = rest * exp(local_m - m), spread + mass * (m - local_m)
     label_logit = jnp.where(head.labels == INVALID_LABEL, jnp.nan, label_logit)
     rest, label_logit, spread, mass = total((rest, label_logit, spread, mass), plan.axis_name)
-    log_sum = jnp.log1p(rest + jnp.expm1(label_logit - m))
+    log_sum = log1p(rest + expm1(label_logit - m))
     log_sum = jnp.where(jnp.isfinite(m) & (m > lowest), log_sum, jnp.nan)
     return _Statistics((m - label_logit) + log_sum, spread + mass * log_sum if plan.smooth else None, m, log_sum)
 
@@ -129,8 +133,8 @@ def _pull(plan: _Plan, head: _Head, stats: _Statistics, g: _Statistics, moving: 
         w, c, raw, label = _block(plan, head, start, size)
         cap = None if head.logit_cap is None else varying_as(head.logit_cap, raw)
         z, uncap = jax.vjp(_capped, raw, cap)
-        o = jnp.exp((z - m) - log_sum)
-        dz = jnp.where(label, g_label * jnp.expm1(-stats.label_loss)[:, None] + g_lse * o, (g_label + g_lse) * o)
+        o = exp((z - m) - log_sum)
+        dz = jnp.where(label, g_label * expm1(-stats.label_loss)[:, None] + g_lse * o, (g_label + g_lse) * o)
         dz = dz if g_spread is None else dz - g_spread * c
         draw, dcap = uncap(dz)
 

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ._autodiff import with_forward_mode
+from ._elementary import exp, expm1, log1p, tanh
 
 # Labels outside [0, K) arrive here as this number: it is out of range on every shard of a class axis.
 INVALID_LABEL = jnp.iinfo(jnp.int32).min
@@ -108,6 +109,9 @@ def _forward(values: Values, selection: Selection, axis_name, with_entropy) -> R
     values, label = _label_logit_first(values, selection)
     z, targets = _prepare(values, selection)
     m = z.max(-1) if axis_name is None else lax.pmax(z.max(-1), axis_name)
+    if values.logit_cap is not None:
+        m, values = _after(m, values)
+        z, targets = _prepare(values, selection)
     if label is not None:
         label = label._replace(logit=_rounded_alike(total(label.logit, axis_name), m, values.logit_cap))
     log_sum = _log_sum(z, m, label, axis_name)
@@ -115,13 +119,16 @@ def _forward(values: Values, selection: Selection, axis_name, with_entropy) -> R
     label_loss = None if label is None else (m - label.logit) + log_sum
     target_loss = entropy = correct = None
     if targets is not None:
+        if values.logit_cap is not None:
+            log_sum, values = _after(log_sum, values)
+            z, targets = _prepare(values, selection)
         # 0·log 0 = 0: without the select, a target of 0 at a logit of −inf would give NaN. At the maximum the distance
         # is exactly 0; where z is a product, LLVM may fuse it into the difference, which then is not.
         distance = jnp.where((targets == 0) | (z == m[..., None]), 0, targets * (m[..., None] - z))
         mass, distance = total((targets.sum(-1), distance.sum(-1)), axis_name)
         target_loss = mass * log_sum + distance
     if with_entropy and label is not None:
-        o = jnp.exp((z - m[..., None]) - log_sum[..., None])
+        o = exp((z - m[..., None]) - log_sum[..., None])
         distance = jnp.where((o == 0) | (z == m[..., None]), 0, o * (m[..., None] - z))
         class_ids = lax.broadcasted_iota(label.ids.dtype, z.shape, z.ndim - 1)
         largest = z == m[..., None]
@@ -138,14 +145,14 @@ def _log_sum(z: Array, m: Array, label: "_Label | None", axis_name) -> Array:
     shifted = z - m[..., None]
     if label is None:
         largest = z == m[..., None]
-        rest = jnp.where(largest, 0, jnp.exp(shifted)).sum(-1)
+        rest = jnp.where(largest, 0, exp(shifted)).sum(-1)
         rest, ties = total((rest, largest.sum(-1, dtype=z.dtype)), axis_name)
         rest = rest + (ties - 1)
     else:
-        rest = total(jnp.where(_one_hot(label.ids, z), 0, jnp.exp(shifted)).sum(-1), axis_name)
-        rest = rest + jnp.expm1(label.logit - m)  # NaN for an invalid label: it spreads from here
+        rest = total(jnp.where(_one_hot(label.ids, z), 0, exp(shifted)).sum(-1), axis_name)
+        rest = rest + expm1(label.logit - m)  # NaN for an invalid label: it spreads from here
     # A row without a finite maximum has no softmax.
-    return jnp.where(jnp.isfinite(m), jnp.log1p(rest), jnp.nan)
+    return jnp.where(jnp.isfinite(m), log1p(rest), jnp.nan)
 
 
 def _backward(
@@ -159,6 +166,8 @@ def _backward(
     too; elsewhere ∂m = 0 and ∂L = o.
     """
     values, label = _label_logit_first(values, selection)
+    if values.logit_cap is not None:
+        log_sum, values = _after(log_sum, values)
     (z, targets), prepare_vjp = jax.vjp(lambda values: _prepare(values, selection), values)
     if label is not None:
         label = label._replace(logit=_rounded_alike(label.logit, m, values.logit_cap))
@@ -169,15 +178,15 @@ def _backward(
         # Where o > 1/2 the largest is alone, and only there does a·o − t cancel.
         top, log_o = log_sum < 0.5, -log_sum
         exact = top & (z == m)
-        e = jnp.exp(z - m)
+        e = exp(z - m)
     else:
         top = label.logit[..., None] == m
         # The select, for its derivative: z_c − m has none, but autodiff would find 1 − 1 and lose what is added.
         log_o = jnp.where(top, 0, label.logit[..., None] - m) - log_sum
         exact = _one_hot(label.ids, z)
         # As in _log_sum: where XLA sees both, it computes this once.
-        e = jnp.where(exact, 0, jnp.exp(z - m))
-    q = jnp.expm1(log_o)
+        e = jnp.where(exact, 0, exp(z - m))
+    q = expm1(log_o)
 
     # Each cotangent's factor at c is formed before anything is summed: transposed, this is forward mode.
     slope = g.log_sum
@@ -186,19 +195,19 @@ def _backward(
         slope, at_exact = slope + g.label_loss, at_exact + g.label_loss * q
     dt = None
     if targets is None:
-        dz = jnp.where(exact, at_exact, slope * jnp.exp(-log_sum) * e)
+        dz = jnp.where(exact, at_exact, slope * exp(-log_sum) * e)
     else:
         mass = total(targets.sum(-1, keepdims=True), axis_name)
         slope, at_exact = (
             slope + g.target_loss * mass,
             at_exact + g.target_loss * (mass * q + (mass - targets)),
         )
-        dz = jnp.where(exact, at_exact, slope * jnp.exp(-log_sum) * e - g.target_loss * targets)
+        dz = jnp.where(exact, at_exact, slope * exp(-log_sum) * e - g.target_loss * targets)
         # A target of 0 at a logit of −inf gets 0, not inf: what multiplies it (class weights) has a derivative.
         dt = g.target_loss * jnp.where((targets == 0) & jnp.isneginf(z), 0, (m - z) + log_sum)
     if entropy is not None:
         log_probs = (z - m) - log_sum
-        o = jnp.exp(log_probs)
+        o = exp(log_probs)
         dz = dz - g.entropy * o * (jnp.where(o == 0, 0, log_probs) + entropy[..., None])
     return prepare_vjp((dz, dt))[0]
 
@@ -253,19 +262,23 @@ def soft_capped(z: Array, cap: Array) -> Array:
 def _soft_capped_jvp(primals, tangents):
     (z, cap), (z_rate, cap_rate) = primals, tangents
     u = jnp.clip(z / cap, -40, 40)  # so that derivatives of cosh are finite; beyond 40 the slope is under 1e-33
-    slope = jnp.where(jnp.isinf(z), 0, 1 / jnp.cosh(u) ** 2)
+    slope = jnp.where(jnp.isinf(z), 0, 1 / _cosh(u) ** 2)
     return soft_capped(z, cap), slope * z_rate + (_tanh(u) - u * slope) * cap_rate
 
 
 @jax.custom_jvp
 def _tanh(u: Array) -> Array:
-    return jnp.tanh(u)
+    return tanh(u)
 
 
 @_tanh.defjvp
 def _tanh_jvp(primals, tangents):
     (u,), (rate,) = primals, tangents
-    return _tanh(u), rate / jnp.cosh(u) ** 2
+    return _tanh(u), rate / _cosh(u) ** 2
+
+
+def _cosh(u: Array) -> Array:
+    return (exp(u) + exp(-u)) / 2
 
 
 class _Label(NamedTuple):
@@ -297,6 +310,18 @@ def _label_logit_first(values: Values, selection: Selection) -> tuple[Values, _L
     logit = jnp.where(invalid, jnp.nan, jnp.where(owned, logit, 0))
     logits, logit = lax.optimization_barrier((values.logits, logit))
     return values._replace(logits=logits), _Label(labels, logit, owned | invalid)
+
+
+def _after(statistic: Array, values: Values) -> tuple[Array, Values]:
+    """Has accelerators wait for the statistic before they read these logits, to cap them once more.
+
+    XLA for GPUs would write the capped logits in one pass, in float32, and read them in the next: 4 GiB for
+    [8192, 131072]. On a CPU that costs less than another tanh.
+    """
+    statistic, logits = lax.platform_dependent(
+        statistic, values.logits, cpu=lambda *args: args, default=lambda *args: lax.optimization_barrier(args)
+    )
+    return statistic, values._replace(logits=logits)
 
 
 def _rounded_alike(label_logit: Array, m: Array, cap: Array | None) -> Array:
