@@ -16,20 +16,21 @@ from ._arguments import Options, class_weight_of
 from ._autodiff import with_pullback
 from ._elementary import exp, expm1, log1p
 from ._layer import Layer, over_classes, varying_as
+from ._sharding import gathered
 from ._softmax import INVALID_LABEL, soft_capped, total
 
 
 class _Head(NamedTuple):
-    x: Any  # [N, D]
+    x: Any  # [..., D]
     w: Any
     bias: Any  # [K] or None
     logit_cap: Any  # [] or None
     class_weights: Any  # [K] or None, of the smoothed targets
-    labels: Any  # [N] as in `Selection.labels`
+    labels: Any  # [...] as in `Selection.labels`
 
 
 class _Statistics(NamedTuple):
-    """Per row [N]."""
+    """Per row [...]."""
 
     label_loss: Array  # −log o_y
     spread: Array | None  # −Σ_k c_k log o_k, for label smoothing
@@ -39,17 +40,21 @@ class _Statistics(NamedTuple):
 
 class _Plan(NamedTuple):
     layer: Layer
-    fitting: int  # classes per block
+    fitting: int  # classes per block and part
     smooth: bool
     axis_name: str | None
+
+    @property
+    def part_classes(self) -> int:
+        return self.layer.classes // self.layer.parts
 
 
 def class_blocked_losses(
     layer: Layer, x: Array, w: Array, bias: Array | None, labels: Array, options: Options, block_size, axis_name
 ) -> Array:
-    """The loss of each row [N] of x [N, D], for labels as in `Selection.labels`."""
-    fitting = block_size or 2**23 // max(1, labels.size)  # float32 logits of 32 MiB
-    plan = _Plan(layer, fitting, options.label_smoothing is not None, axis_name)
+    """The loss of each row [...] of x [..., D], for labels as in `Selection.labels`."""
+    fitting = layer.devices * (block_size or 2**23 // max(1, labels.size))  # float32 logits of 32 MiB on each device
+    plan = _Plan(layer, fitting // layer.parts, options.label_smoothing is not None, axis_name)
     c = None if options.class_weights is None else options.class_weights.ravel()
     head = _Head(x, w, bias, options.logit_cap, c if plan.smooth else None, labels)
     stats, _ = with_pullback(lambda head: (_forward(plan, head), None), functools.partial(_pull, plan))(head)
@@ -68,18 +73,18 @@ def class_blocked_losses(
 
 
 def _block(plan: _Plan, head: _Head, start, size):
-    """w, class weights [1, C], uncapped logits [N, C], and which of them are the labels', for one block of classes."""
-    w = lax.dynamic_slice_in_dim(head.w, start, size, plan.layer.class_axis)
-    if plan.layer.operands == jnp.bfloat16:
+    """w, class weights [C], uncapped logits [..., C], and which of them are the labels', for one block of classes."""
+    layer = plan.layer
+    w = layer.take(head.w, start, size, layer.class_axis)
+    if layer.operands == jnp.bfloat16:
         # Rounds as the cast to come does. XLA for TPUs would move a mere cast out of the loop, and make it of all of w.
         w = lax.reduce_precision(w, exponent_bits=8, mantissa_bits=7)
-    bias = None if head.bias is None else lax.dynamic_slice_in_dim(head.bias, start, size)
-    c = jnp.ones((1, size), plan.layer.sums)
-    if head.class_weights is not None:
-        c = lax.dynamic_slice_in_dim(head.class_weights, start, size)[None]
-    z = plan.layer.logits(head.x, w, bias)
-    label = start + lax.broadcasted_iota(jnp.int32, z.shape, 1) == head.labels[:, None]
-    return w, c, z, label
+    bias = None if head.bias is None else layer.take(head.bias, start, size)
+    ids = layer.class_ids(start, size)
+    c = jnp.ones(ids.shape, layer.sums) if head.class_weights is None else layer.take(head.class_weights, start, size)
+    z = layer.logits(head.x, w, bias)
+    c, ids = (jnp.expand_dims(a, range(z.ndim - 1)) for a in (c, ids))
+    return w, c, z, ids == head.labels[..., None]
 
 
 def _capped(z, logit_cap):
@@ -88,6 +93,7 @@ def _capped(z, logit_cap):
 
 def _forward(plan: _Plan, head: _Head) -> _Statistics:
     """Running maximum m and Σ exp(z − m) without the label, as in `jaxce._softmax`, which explains why without."""
+    head = head._replace(w=gathered(head.w, 1 - plan.layer.class_axis))
     lowest = jnp.finfo(plan.layer.sums).min  # not −inf: −inf − −inf is NaN
 
     @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
@@ -95,17 +101,17 @@ def _forward(plan: _Plan, head: _Head) -> _Statistics:
         m, rest, label_logit, spread, mass = carry
         _, c, z, label = _block(plan, head, start, size)
         z = _capped(z, head.logit_cap)
-        label_logit = label_logit + jnp.where(label, z, 0).sum(1)
-        new_m = jnp.maximum(m, z.max(1))
-        rest = rest * exp(m - new_m) + jnp.where(label, 0, exp(z - new_m[:, None])).sum(1)
+        label_logit = label_logit + jnp.where(label, z, 0).sum(-1)
+        new_m = jnp.maximum(m, z.max(-1))
+        rest = rest * exp(m - new_m) + jnp.where(label, 0, exp(z - new_m[..., None])).sum(-1)
         if plan.smooth:
-            spread = spread + mass * (new_m - m) + jnp.where(c == 0, 0, c * (new_m[:, None] - z)).sum(1)
+            spread = spread + mass * (new_m - m) + jnp.where(c == 0, 0, c * (new_m[..., None] - z)).sum(-1)
             mass = mass + c.sum()
         return new_m, rest, label_logit, spread, mass
 
     zeros = varying_as(jnp.zeros(head.labels.shape, plan.layer.sums), *jax.tree.leaves(head))
-    carry = zeros + lowest, zeros, zeros, zeros, zeros[:1].sum()
-    m, rest, label_logit, spread, mass = over_classes(step, carry, plan.layer.classes, plan.fitting)
+    carry = zeros + lowest, zeros, zeros, zeros, zeros.ravel()[:1].sum()
+    m, rest, label_logit, spread, mass = over_classes(step, carry, plan.part_classes, plan.fitting)
 
     if plan.axis_name is not None:
         local_m = m
@@ -120,10 +126,11 @@ def _forward(plan: _Plan, head: _Head) -> _Statistics:
 
 def _pull(plan: _Plan, head: _Head, stats: _Statistics, g: _Statistics, moving: _Head) -> _Head:
     """dz_k = A·o_k − g_y·onehot_k − g_s·c_k, A = g_y + g_s·Σc + g_lse; at the label, o_y − 1 = expm1(−label_loss)."""
-    layer = plan.layer
-    m, log_sum = stats.shift[:, None], stats.log_sum[:, None]
-    g_label, g_lse = g.label_loss[:, None], g.log_sum[:, None]
-    g_spread = None if g.spread is None else g.spread[:, None]
+    layer, head = plan.layer, head._replace(w=gathered(head.w, 1 - plan.layer.class_axis))
+    m, log_sum = stats.shift[..., None], stats.log_sum[..., None]
+    g_label, g_lse = g.label_loss[..., None], g.log_sum[..., None]
+    g_spread = None if g.spread is None else g.spread[..., None]
+    rows = range(head.labels.ndim)
     if g_spread is not None:
         c = jnp.ones(layer.classes, layer.sums) if head.class_weights is None else head.class_weights
         g_lse = g_lse + g_spread * total(c.sum(), plan.axis_name)
@@ -134,22 +141,19 @@ def _pull(plan: _Plan, head: _Head, stats: _Statistics, g: _Statistics, moving: 
         cap = None if head.logit_cap is None else varying_as(head.logit_cap, raw)
         z, uncap = jax.vjp(_capped, raw, cap)
         o = exp((z - m) - log_sum)
-        dz = jnp.where(label, g_label * expm1(-stats.label_loss)[:, None] + g_lse * o, (g_label + g_lse) * o)
+        dz = jnp.where(label, g_label * expm1(-stats.label_loss)[..., None] + g_lse * o, (g_label + g_lse) * o)
         dz = dz if g_spread is None else dz - g_spread * c
         draw, dcap = uncap(dz)
 
-        def put(total, part, axis=0):
-            return lax.dynamic_update_slice_in_dim(total, part.astype(total.dtype), start, axis)
-
         def dc(g_spread):
-            return jnp.sum(g_spread * jnp.where((c == 0) & jnp.isneginf(z), 0, (m - z) + log_sum), 0)
+            return jnp.sum(g_spread * jnp.where((c == 0) & jnp.isneginf(z), 0, (m - z) + log_sum), rows)
 
         return grads._replace(
             x=grads.x + layer.dx(draw, w) if moving.x else None,
-            w=put(grads.w, layer.dw(head.x, draw), layer.class_axis) if moving.w else None,
-            bias=put(grads.bias, draw.sum(0)) if moving.bias else None,
+            w=layer.put(grads.w, layer.dw(head.x, draw), start, layer.class_axis) if moving.w else None,
+            bias=layer.put(grads.bias, draw.sum(rows), start) if moving.bias else None,
             logit_cap=grads.logit_cap + dcap if moving.logit_cap else None,
-            class_weights=put(grads.class_weights, dc(g_spread)) if moving.class_weights else None,
+            class_weights=layer.put(grads.class_weights, dc(g_spread), start) if moving.class_weights else None,
         )
 
     def zeros(a, moves):
@@ -157,5 +161,5 @@ def _pull(plan: _Plan, head: _Head, stats: _Statistics, g: _Statistics, moving: 
 
     grads = jax.tree.map(zeros, head, moving)
     grads = grads if grads.x is None else grads._replace(x=grads.x.astype(layer.sums))
-    grads = over_classes(step, grads, layer.classes, plan.fitting)
+    grads = over_classes(step, grads, plan.part_classes, plan.fitting)
     return grads if grads.x is None else grads._replace(x=grads.x.astype(head.x.dtype))

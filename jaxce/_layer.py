@@ -1,11 +1,14 @@
 """The linear layer z = x·W + b by blocks: its three matmuls, for either layout of W, and loops over its classes."""
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from . import _checks
+from ._sharding import devices
 
 
 class Layer(NamedTuple):
@@ -15,6 +18,12 @@ class Layer(NamedTuple):
     class_axis: int  # of w: 1 for [D, K], 0 for [K, D]
     operands: jnp.dtype
     sums: jnp.dtype  # of what is accumulated: float32 or float64
+    devices: int  # that XLA may split x and w over
+
+    @property
+    def parts(self) -> int:
+        """That the classes are seen as (see `jaxce._sharding`)."""
+        return math.gcd(self.classes, self.devices)
 
     @classmethod
     def of(cls, function, x, w, bias, class_axis, dtype) -> tuple["Layer", Array, Array, Array | None]:
@@ -31,20 +40,27 @@ class Layer(NamedTuple):
             _checks.shape(function, "bias", bias, (classes,), "one number for each class")
         operands = jnp.result_type(x, w) if dtype is None else jnp.dtype(dtype)
         sums = jnp.dtype(jnp.float64 if operands == jnp.float64 else jnp.float32)
-        return cls(classes, class_axis % 2, operands, sums), x, w, bias
+        return cls(classes, class_axis % 2, operands, sums, devices(x, w)), x, w, bias
 
     def logits(self, x: Array, w: Array, bias: Array | None) -> Array:
-        z = self._dot(x, 1, w, 1 - self.class_axis)
-        return z if bias is None else z + bias.astype(self.sums)[None]  # [B, K]
+        z = self._dot(x, [x.ndim - 1], w, [1 - self.class_axis])
+        return z if bias is None else z + jnp.expand_dims(bias.astype(self.sums), range(x.ndim - 1))  # [..., B, K]
 
     def dx(self, dz: Array, w: Array) -> Array:
-        return self._dot(dz, 1, w, self.class_axis)  # [B, D]
+        return self._dot(dz, [dz.ndim - 1], w, [self.class_axis])  # [..., B, D]
 
-    def dw(self, x: Array, dz: Array) -> Array:
-        return self._dot(x, 0, dz, 0) if self.class_axis else self._dot(dz, 0, x, 0)
+    def dw(self, x: Array, dz: Array, apart: int = 0) -> Array:
+        """Of the rows together, or for each index of the first `apart` axes."""
+        rows = range(apart, x.ndim - 1)
+        return self._dot(x, rows, dz, rows, apart) if self.class_axis else self._dot(dz, rows, x, rows, apart)
 
     def add_dw(self, total: Array, x: Array, dz: Array) -> Array:
-        """total + dw(x, dz), in place and tile by tile: updated at once, the update would be a buffer of W's size."""
+        """total + dw(x, dz), in place and tile by tile: updated at once, the update would be a buffer of W's size.
+
+        But at once where several devices may hold the classes: tiles would not be where they are.
+        """
+        if self.devices > 1:
+            return total + self.dw(x, dz, total.ndim - 2)
 
         def add(total, start, size):
             update = self.dw(x, lax.dynamic_slice_in_dim(dz, start, size, 1))
@@ -54,9 +70,26 @@ class Layer(NamedTuple):
 
         return over_classes(add, total, self.classes, DW_TILE // max(1, x.shape[1]))
 
-    def _dot(self, a: Array, a_axis: int, b: Array, b_axis: int) -> Array:
-        a, b = a.astype(self.operands), b.astype(self.operands)
-        return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=self.sums)
+    def take(self, a: Array, start, size: int, axis: int = 0) -> Array:
+        """Of an array with all classes along `axis`, those of the block: `size` of each part, from `start`."""
+        block = lax.dynamic_slice_in_dim(self._by_parts(a, axis), start, size, axis + 1)
+        return block.reshape(*a.shape[:axis], self.parts * size, *a.shape[axis + 1 :])
+
+    def put(self, total: Array, block: Array, start, axis: int = 0) -> Array:
+        """`total` with the block that `take` would take replaced."""
+        block = self._by_parts(block.astype(total.dtype), axis)
+        return lax.dynamic_update_slice_in_dim(self._by_parts(total, axis), block, start, axis + 1).reshape(total.shape)
+
+    def class_ids(self, start, size: int) -> Array:
+        """Of the block that `take` takes."""
+        return self.take(jnp.arange(self.classes, dtype=jnp.int32), start, size)
+
+    def _by_parts(self, a: Array, axis: int) -> Array:
+        return a.reshape(*a.shape[:axis], self.parts, -1, *a.shape[axis + 1 :])
+
+    def _dot(self, a: Array, a_axes: Sequence[int], b: Array, b_axes: Sequence[int], apart: int = 0) -> Array:
+        a, b, both = a.astype(self.operands), b.astype(self.operands), range(apart)
+        return lax.dot_general(a, b, ((a_axes, b_axes), (both, both)), preferred_element_type=self.sums)
 
 
 DW_TILE = 3 * 2**18  # numbers: 3 MiB stay in a core's caches

@@ -11,6 +11,7 @@ dW = xᵀ·δ. Two ways not to hold z and δ:
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from ._class_blocks import class_blocked_losses
 from ._layer import Layer, varying_as
 from ._losses import softmax_cross_entropy_with_integer_labels
 from ._row_blocks import RowBlocks, rows_per_block, sweep_of
+from ._sharding import in_auto
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -97,20 +99,28 @@ def fused_linear(
         row_args = jax.tree.map(lambda a: _checks.leading(function, "row_args", jnp.asarray(a), lead), row_args)
         weights, normalizer = _check_weights(function, weights, normalizer, lead, reduction, layer)
 
-        rows = RowBlocks.of(lead, block_size or rows_per_block(layer.classes))
-        x, row_args = jax.tree.map(rows.split, (x, row_args))
-        # In shard_map each shard's own gradients are wanted, also of what is the same on all: they are summed later.
-        x = varying_as(x, *jax.tree.leaves(row_args))
-        row_args = jax.tree.map(lambda a: varying_as(a, x), row_args)
-        sweep, inputs = sweep_of(function, layer, loss_fn, has_aux, x, w, bias, row_args)
-        if reduction == "none":
-            losses, aux = with_pullback(sweep, lambda inputs, _, g, moving: sweep(inputs, g, moving)[0][1])(inputs)
-            out = rows.join(losses)
-            out = out if weights is None else weights * out
-        else:
-            scale = _row_scale(reduction, weights, normalizer, lead, layer)
-            out, aux = with_gradients(sweep, sweep)(inputs, rows.split(scale, repeat=False))
-        return (out, jax.tree.map(rows.join, aux)) if has_aux else out
+        parts = tuple(math.gcd(n, layer.devices) for n in lead)
+        rows = RowBlocks.of(lead, parts, layer.devices * (block_size or rows_per_block(layer.classes)))
+
+        def blocked(x, w, bias, row_args, weights, normalizer):
+            x, row_args = jax.tree.map(rows.split, (x, row_args))
+            # In shard_map each shard's own gradients are wanted, of what is the same on all too: they are summed later.
+            x = varying_as(x, *jax.tree.leaves(row_args))
+            row_args = jax.tree.map(lambda a: varying_as(a, x), row_args)
+            sweep, inputs = sweep_of(function, layer, loss_fn, has_aux, x, w, bias, row_args)
+            if reduction == "none":
+                losses, aux = with_pullback(sweep, lambda inputs, _, g, moving: sweep(inputs, g, moving)[0][1])(inputs)
+                out = rows.join(losses)
+                out = out if weights is None else weights * out
+            else:
+                scale = _row_scale(reduction, weights, normalizer, lead, layer)
+                out, aux = with_gradients(sweep, sweep)(inputs, rows.split(scale, repeat=False))
+            return out, jax.tree.map(rows.join, aux)
+
+        row_axes = len(lead)
+        axes = row_axes if reduction == "none" else 0, row_axes
+        out, aux = in_auto(blocked, x, axes, x, w, bias, row_args, weights, normalizer)
+        return (out, aux) if has_aux else out
 
     return fused
 
@@ -206,32 +216,39 @@ def linear_cross_entropy(
             normalizer = normalizer * class_weight_of(local, keep, options.class_weights, axis_name)
         normalizer = jnp.sum(normalizer if keep is None else jnp.where(keep, normalizer, 0))
 
+    row_axes = len(lead)
     if recompute or reduction == "none":
         if block_size is not None and block_size % 128:
             raise _checks.value_error(
                 function, "block_size", block_size, "a multiple of 128, where classes are blocked"
             )
-        x, local = x.reshape(local.size, x.shape[-1]), local.ravel()
-        losses = class_blocked_losses(layer, x, w, bias, local, options, block_size, axis_name).reshape(lead)
+
+        def losses_of(x, w, bias, local, *options):
+            options = Options(like.dtype, *options)
+            return class_blocked_losses(layer, x, w, bias, local, options, block_size, axis_name)
+
+        losses = in_auto(losses_of, x, row_axes, x, w, bias, local, *options[1:])
         losses = losses if keep is None else jnp.where(keep, losses, 0)
         if reduction == "none":
             return losses if weights is None else weights * losses
         return jnp.sum(_row_scale(reduction, weights, normalizer, lead, layer) * losses)
 
-    def varying(option):  # in shard_map as the losses do, as fused_linear asks of what a loss closes over
-        return varying_as(option, x, labels) if isinstance(option, Array) else option
+    given = {
+        "label_smoothing": label_smoothing,
+        "class_weights": class_weights,
+        "logit_cap": logit_cap,
+        "z_loss": z_loss,
+    }
+    arrays = {name: option for name, option in given.items() if isinstance(option, Array)}
 
-    loss_fn = functools.partial(
-        _loss_of_block,
-        label_smoothing=varying(label_smoothing),
-        class_weights=varying(class_weights),
-        logit_cap=varying(logit_cap),
-        z_loss=varying(z_loss),
-        axis_name=axis_name,
-    )
+    def loss_of(x, w, labels, keep, bias, weights, normalizer, arrays):
+        # In shard_map varying as the losses do, as fused_linear asks of what a loss closes over.
+        arrays = {name: varying_as(option, x, labels) for name, option in arrays.items()}
+        loss_fn = functools.partial(_loss_of_block, **given | arrays, axis_name=axis_name)
+        loss = fused_linear(loss_fn, reduction=reduction, class_axis=class_axis, dtype=dtype, block_size=block_size)
+        return loss(x, w, labels, keep, bias=bias, weights=weights, normalizer=normalizer)
 
-    loss = fused_linear(loss_fn, reduction=reduction, class_axis=class_axis, dtype=dtype, block_size=block_size)
-    return loss(x, w, labels, keep, bias=bias, weights=weights, normalizer=normalizer)
+    return in_auto(loss_of, x, 0, x, w, labels, keep, bias, weights, normalizer, arrays)
 
 
 def _loss_of_block(logits, labels, keep, **options):

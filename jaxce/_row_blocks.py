@@ -24,6 +24,7 @@ from jax.extend import core
 from . import _checks
 from ._autodiff import of_moving
 from ._layer import Layer, varying_as
+from ._sharding import gathered
 
 
 def rows_per_block(classes: int) -> int:
@@ -32,40 +33,58 @@ def rows_per_block(classes: int) -> int:
 
 
 class RowBlocks(NamedTuple):
-    """How arrays [*lead, ...] are split into n blocks of B rows, [n, B, ...]; a few rows are repeated to fill them."""
+    """How arrays [*lead, ...] are split into n blocks [*parts, B]: [n, *parts, B, ...].
+
+    Without a sharding there are no parts; with one, each part gives every block an equal share of its rows (see
+    `jaxce._sharding`). A few rows are repeated to fill the blocks.
+    """
 
     lead: tuple[int, ...]
+    parts: tuple[int, ...]  # of each leading axis
     blocks: int  # n
     size: int  # B
 
     @classmethod
-    def of(cls, lead: tuple[int, ...], most: int) -> "RowBlocks":
+    def of(cls, lead: tuple[int, ...], parts: tuple[int, ...], most: int) -> "RowBlocks":
         rows = math.prod(lead)
-        blocks = max(1, -(-rows // most))
-        return cls(lead, blocks, -(-rows // blocks))
+        part_rows = rows // math.prod(parts)
+        blocks = max(1, min(-(-rows // most), part_rows))
+        return cls(lead, parts, blocks, -(-part_rows // blocks))
+
+    @property
+    def part_axes(self) -> tuple[int, ...]:
+        return tuple(p for p in self.parts if p > 1)
 
     def split(self, a: Array, repeat: bool = True) -> Array:
-        rows, rest = math.prod(self.lead), a.shape[len(self.lead) :]
-        a = a.reshape(rows, *rest)
-        if extra := self.blocks * self.size - rows:
+        rest = a.shape[len(self.lead) :]
+        divided = [n for p, length in zip(self.parts, self.lead, strict=True) for n in (p, length // p)]
+        a = a.reshape(*divided, *rest)
+        axes, first = len(self.lead), len(self.part_axes)
+        a = jnp.moveaxis(a, range(0, 2 * axes, 2), range(axes))
+        part_rows = math.prod(self.lead) // math.prod(self.parts)
+        a = a.reshape(*self.part_axes, part_rows, *rest)
+        if extra := self.blocks * self.size - part_rows:
             # Rows of zeros could make a loss NaN that is not; rows that are there already cannot. Their g is 0.
-            fill = a[:extra] if repeat else jnp.zeros((extra, *rest), a.dtype)
-            a = jnp.concatenate([a, fill])
-        return jnp.moveaxis(a.reshape(self.size, self.blocks, *rest), 1, 0)
+            fill = lax.slice_in_dim(a, 0, extra, axis=first)
+            a = jnp.concatenate([a, fill if repeat else jnp.zeros_like(fill)], first)
+        return jnp.moveaxis(a.reshape(*self.part_axes, self.size, self.blocks, *rest), first + 1, 0)
 
     def join(self, a: Array) -> Array:
-        rest = a.shape[2:]
-        a = jnp.moveaxis(a, 0, 1).reshape(self.blocks * self.size, *rest)
-        return a[: math.prod(self.lead)].reshape(*self.lead, *rest)
+        first, axes = len(self.part_axes), len(self.lead)
+        rest = a.shape[first + 2 :]
+        a = jnp.moveaxis(a, 0, first + 1).reshape(*self.part_axes, self.blocks * self.size, *rest)
+        a = lax.slice_in_dim(a, 0, math.prod(self.lead) // math.prod(self.parts), axis=first)
+        a = a.reshape(*self.parts, *(length // p for p, length in zip(self.parts, self.lead, strict=True)), *rest)
+        return jnp.moveaxis(a, range(axes), range(0, 2 * axes, 2)).reshape(*self.lead, *rest)
 
 
 class Inputs(NamedTuple):
     """What a sweep can be differentiated with respect to."""
 
-    x: Any  # [n, B, D]
+    x: Any  # [n, *parts, B, D]
     w: Any
     bias: Any  # [K] or None
-    rows: Any  # row arguments, [n, B, ...]
+    rows: Any  # row arguments, [n, *parts, B, ...]
     consts: Any  # list of the arrays that the loss closes over
 
 
@@ -86,8 +105,10 @@ def sweep_of(function: str, layer: Layer, loss_fn, has_aux: bool, x, w, bias, ro
         return losses.astype(layer.sums), aux
 
     def of_one_block(x, w, bias, rows):
-        x, rows = jax.tree.map(lambda a: a[0], (x, rows))
+        x, rows = jax.tree.map(lambda a: a[first], (x, rows))
         return layer.logits(x, w, bias), *rows
+
+    first = (0,) * (x.ndim - 2)
 
     # Not built from shapes and dtypes: inside shard_map and Explicit meshes, types say more than these.
     block = jax.eval_shape(of_one_block, x, w, bias, rows)
@@ -102,15 +123,22 @@ def sweep_of(function: str, layer: Layer, loss_fn, has_aux: bool, x, w, bias, ro
 
 
 def sweep(layer: Layer, block_loss, inputs: Inputs, g: Any = None, moving: Any = None):
-    """((losses [n, B], gradients), aux): the gradients of Σ g·losses, with None for inputs not `moving`.
+    """((losses [n, *parts, B], gradients), aux): the gradients of Σ g·losses, with None for inputs not `moving`.
 
     Without g, (losses, aux).
     """
-    w = inputs.w.astype(layer.operands)
+    w = gathered(inputs.w.astype(layer.operands), 1 - layer.class_axis)
+    parts = inputs.x.shape[1:-2]
+    # Where parts may be on different devices each has its own sums, which are added up, and so communicated, once.
+    apart = [p for i, p in enumerate(parts) if math.prod(parts[: i + 1]) <= layer.devices]
 
     like = None if g is None else _varying_as_losses(layer, block_loss, inputs)
     if g is not None:
         _check_constants(inputs.consts, moving.consts, like)
+
+    loss_of_block = block_loss
+    for _ in parts:
+        loss_of_block = jax.vmap(loss_of_block, (None, *[0] * (1 + len(inputs.rows))))
 
     # Where the sweep is itself differentiated, the checkpoint keeps the residuals of a block from being stacked.
     @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -118,9 +146,9 @@ def sweep(layer: Layer, block_loss, inputs: Inputs, g: Any = None, moving: Any =
         x, rows, g = slices
         z = layer.logits(x, w, inputs.bias)
         if g is None:
-            return totals, block_loss(inputs.consts, z, *rows)
+            return totals, loss_of_block(inputs.consts, z, *rows)
         loss, values, to_tree = of_moving(
-            lambda z, rows, consts: block_loss(consts, z, *rows),
+            lambda z, rows, consts: loss_of_block(consts, z, *rows),
             (z, rows, inputs.consts),
             (True, moving.rows, moving.consts),
         )
@@ -129,7 +157,7 @@ def sweep(layer: Layer, block_loss, inputs: Inputs, g: Any = None, moving: Any =
         dw, dbias, dconsts = totals
         dx = layer.dx(dz, w).astype(inputs.x.dtype) if moving.x else None
         dw = layer.add_dw(dw, x, dz) if moving.w else None
-        dbias = dbias + dz.sum(0) if moving.bias else None
+        dbias = dbias + dz.sum(range(len(apart), dz.ndim - 1)) if moving.bias else None
         dconsts = jax.tree.map(jnp.add, dconsts, block_dconsts)
         return (dw, dbias, dconsts), (losses, aux, dx, drows)
 
@@ -137,20 +165,23 @@ def sweep(layer: Layer, block_loss, inputs: Inputs, g: Any = None, moving: Any =
         return lax.scan(block, None, (inputs.x, inputs.rows, None))[1]
 
     def zeros(a, moves):
-        return varying_as(jnp.zeros(a.shape, layer.sums), g, *jax.tree.leaves(inputs)) if moves else None
+        return varying_as(jnp.zeros((*apart, *a.shape), layer.sums), g, *jax.tree.leaves(inputs)) if moves else None
+
+    def sum_of_parts(total, a):
+        return total.sum(range(len(apart))).astype(a.dtype)
 
     dconsts = jax.tree.map(lambda c, moves: jnp.zeros_like(c) if moves else None, inputs.consts, moving.consts)
     totals: Any = zeros(inputs.w, moving.w), zeros(inputs.bias, moving.bias), dconsts
     (dw, dbias, dconsts), (losses, aux, dx, drows) = lax.scan(block, totals, (inputs.x, inputs.rows, g))
-    dw = dw.astype(inputs.w.dtype) if moving.w else None
-    dbias = dbias.astype(inputs.bias.dtype) if moving.bias else None
+    dw = sum_of_parts(dw, inputs.w) if moving.w else None
+    dbias = sum_of_parts(dbias, inputs.bias) if moving.bias else None
     return (losses, Inputs(dx, dw, dbias, drows, dconsts)), aux
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _varying_as_losses(layer: Layer, block_loss, inputs: Inputs) -> Array:
     """A zero that in `jax.shard_map` varies over the mesh axes that the losses vary over; nothing else is computed."""
-    x, rows = jax.tree.map(lambda a: a[0], (inputs.x, inputs.rows))
+    x, rows = jax.tree.map(lambda a: a[(0,) * (inputs.x.ndim - 2)], (inputs.x, inputs.rows))
     losses, _ = block_loss(inputs.consts, layer.logits(x, inputs.w, inputs.bias), *rows)
     return varying_as(jnp.zeros((), layer.sums), losses)
 
