@@ -10,6 +10,7 @@ from jax.experimental import checkify
 from jax.typing import ArrayLike
 
 from . import _checks
+from ._sharding import in_auto
 from ._softmax import INVALID_LABEL, statistics_dtype, total
 
 
@@ -138,17 +139,24 @@ def _check_labels(function: str, labels: Array, valid: Array, classes: int) -> N
     """An error under `jax.experimental.checkify`; nothing otherwise, where the row's NaN tells."""
     if labels.size == 0:
         return
-    row = jnp.argmin(valid.ravel())
     message = f"{function}: labels has {{label}} in row {{row}} (of the flattened batch), wanted 0 to {classes - 1}"
-    checkify.debug_check(valid.all(), message, label=labels.ravel()[row], row=row)
+
+    def check(labels, valid):
+        row = jnp.argmin(valid.ravel())
+        checkify.debug_check(valid.all(), message, label=labels.ravel()[row], row=row)
+
+    in_auto(check, labels, 0, labels, valid)
 
 
 def class_weight_of(labels: Array, keep: Array | None, class_weights: Array, axis_name) -> Array:
     """0 for rows that do not count: an infinite weight of some class must not be multiplied with their 0 gradient."""
-    weights = class_weights.ravel()
-    owned = (labels >= 0) & (labels < weights.size)
+    owned = (labels >= 0) & (labels < class_weights.size)
     owned = owned if keep is None else owned & keep
-    return total(jnp.where(owned, weights[jnp.where(owned, labels, 0)], 0), axis_name)
+
+    def look_up(labels, owned, class_weights):
+        return jnp.where(owned, class_weights.ravel()[jnp.where(owned, labels, 0)], 0)
+
+    return total(in_auto(look_up, labels, labels.ndim, labels, owned, class_weights), axis_name)
 
 
 def classes_last(array: Array, axes: tuple[int, ...], shape: tuple[int, ...]) -> Array:

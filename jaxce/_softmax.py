@@ -30,6 +30,7 @@ from jax import Array, lax
 
 from ._autodiff import with_forward_mode
 from ._elementary import exp, expm1, log1p, tanh
+from ._sharding import devices, in_auto
 
 # Labels outside [0, K) arrive here as this number: it is out of range on every shard of a class axis.
 INVALID_LABEL = jnp.iinfo(jnp.int32).min
@@ -81,7 +82,8 @@ def row_statistics(
     With `axis_name`, inside `jax.shard_map`, the classes are split over that mesh axis. `with_entropy` asks for
     `entropy` and `correct`.
     """
-    return _rule(axis_name, with_entropy)(values, selection)
+    rule = _rule(axis_name, with_entropy)
+    return in_auto(rule, values.logits, values.logits.ndim - 1, values, selection)
 
 
 @functools.cache
@@ -165,25 +167,29 @@ def _backward(
     ∂m = onehot(c) and ∂L = o − onehot(c), so that second derivatives, which come by way of m and L, keep their digits
     too; elsewhere ∂m = 0 and ∂L = o.
     """
-    values, label = _label_logit_first(values, selection)
+    labels = selection.labels
+    # Reading the labels' logits again would have the devices that share a row communicate: there they are looked at in
+    # place, which costs an expm1 of every logit.
+    in_place = devices(values.logits) > 1
+    values, label = _label_logit_first(values, selection._replace(labels=None) if in_place else selection)
     if values.logit_cap is not None:
         log_sum, values = _after(log_sum, values)
     (z, targets), prepare_vjp = jax.vjp(lambda values: _prepare(values, selection), values)
-    if label is not None:
-        label = label._replace(logit=_rounded_alike(label.logit, m, values.logit_cap))
     m, log_sum = m[..., None], log_sum[..., None]
     g = jax.tree.map(lambda v: v[..., None], cotangents)
 
-    if label is None:
+    if labels is None:
         # Where o > 1/2 the largest is alone, and only there does a·o − t cancel.
         top, log_o = log_sum < 0.5, -log_sum
         exact = top & (z == m)
         e = exp(z - m)
     else:
-        top = label.logit[..., None] == m
+        exact = _one_hot(labels, z)
+        label_logit = jnp.where(exact, z, m) if label is None else label.logit[..., None]
+        label_logit = _rounded_alike(label_logit, m, values.logit_cap)
+        top = label_logit == m
         # The select, for its derivative: z_c − m has none, but autodiff would find 1 − 1 and lose what is added.
-        log_o = jnp.where(top, 0, label.logit[..., None] - m) - log_sum
-        exact = _one_hot(label.ids, z)
+        log_o = jnp.where(top, 0, label_logit - m) - log_sum
         # As in _log_sum: where XLA sees both, it computes this once.
         e = jnp.where(exact, 0, exp(z - m))
     q = expm1(log_o)
@@ -191,7 +197,7 @@ def _backward(
     # Each cotangent's factor at c is formed before anything is summed: transposed, this is forward mode.
     slope = g.log_sum
     at_exact = g.shift * jnp.where(top, 1, 0) + g.log_sum * jnp.where(top, q, 1 + q)
-    if label is not None:
+    if labels is not None:
         slope, at_exact = slope + g.label_loss, at_exact + g.label_loss * q
     dt = None
     if targets is None:
