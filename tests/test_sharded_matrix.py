@@ -1,0 +1,216 @@
+"""The losses in the three worlds of sharding: plain jit, Explicit meshes and `jax.shard_map`.
+
+Every value and gradient against the unsharded one, and what devices exchange against what they may, counted in the
+compiled text. Local sizes are odd and blocks do not divide them.
+"""
+
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxce
+
+from .collectives import collectives
+from .oracle import assert_close
+
+IGNORED = -100
+FEATURES = 12
+FORMS = ("integer", "dense", "rows", "classes")  # the losses of logits, linear_cross_entropy by blocks of these
+WORLDS = ("jit", "Explicit", "shard_map")
+SHARDINGS = {"batch": (8, 1), "class": (1, 8), "both": (4, 2), "FSDP": (4, 2)}  # devices for rows, for classes
+DTYPES = ("float32", "bfloat16")
+EVERY = list(itertools.product(FORMS, WORLDS, SHARDINGS, DTYPES, ("plain", "all options")))
+
+
+def mesh_of(sharding: str, world: str):
+    assert len(jax.devices()) == 8
+    axis_type = AxisType.Explicit if world == "Explicit" else AxisType.Auto
+    return jax.make_mesh(SHARDINGS[sharding], ("data", "model"), axis_types=(axis_type, axis_type))
+
+
+class Case(NamedTuple):
+    form: str
+    world: str
+    sharding: str
+    dtype: str
+    options: str
+
+    @property
+    def shards(self) -> tuple[int, int]:
+        return SHARDINGS[self.sharding]
+
+    @property
+    def rows(self) -> int:
+        return 5 * self.shards[0]
+
+    @property
+    def classes(self) -> int:
+        """More than the 1024 of one block of classes on 8 devices, in that form."""
+        local = {1: 1157, 2: 577, 8: 145}[self.shards[1]] if self.form == "classes" else 67
+        return local * self.shards[1]
+
+    @property
+    def class_mesh_axis(self) -> str | None:
+        """Sharded parameters leave logits whole that are not their product."""
+        return None if self.sharding == "FSDP" and not self.fused else "model"
+
+    @property
+    def fused(self) -> bool:
+        return self.form in ("rows", "classes")
+
+
+def problem(case: Case) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[str, P]]:
+    """What is differentiated, what is not, and how each is sharded."""
+    rng = np.random.default_rng(0)
+    n, k, d = case.rows, case.classes, FEATURES
+    x, w = rng.standard_normal((n, d)), rng.standard_normal((d, k)) / d**0.5
+    labels = rng.integers(k, size=n)
+    point, fixed = {}, {"combine": rng.uniform(0.5, 1.5, n).astype("float32")}
+    if case.fused:
+        point |= {"x": jnp.asarray(x, case.dtype), "w": jnp.asarray(w, case.dtype)}
+    else:
+        point["logits"] = jnp.asarray(x @ w, case.dtype)
+    if case.form == "dense":
+        point["targets"] = jnp.asarray(rng.dirichlet(np.ones(k), n), case.dtype)
+    if case.options == "all options":
+        point |= {"class_weights": np.linspace(0.5, 2, k, dtype="float32"), "cap": np.float32(3)}
+        if case.fused:
+            point["bias"] = rng.standard_normal(k).astype("float32") / 4
+        else:
+            where = rng.random((n, k)) < 0.8
+            where[np.arange(n), labels] = True
+            fixed["where"] = where
+        labels[3] = IGNORED if case.form != "dense" else labels[3]
+    fixed["labels"] = labels.astype("int32")
+    model = case.class_mesh_axis
+    specs = {
+        "x": P("data", None),
+        "w": P("data" if case.sharding == "FSDP" else None, model),
+        "logits": P("data", model),
+        "targets": P("data", model),
+        "where": P("data", model),
+        "labels": P("data"),
+        "combine": P("data"),
+        "bias": P(model),
+        "class_weights": P(model),
+        "cap": P(),
+    }
+    return jax.tree.map(jnp.asarray, point), jax.tree.map(jnp.asarray, fixed), specs
+
+
+def loss_of(case: Case, point: dict[str, Any], fixed: dict[str, Any], axis_name: str | None = None):
+    """Σ combine·loss, on one shard or all."""
+    options: dict[str, Any] = {"axis_name": axis_name}
+    if case.options == "all options":
+        options |= {"class_weights": point["class_weights"], "logit_cap": point["cap"]}
+        options |= {"label_smoothing": 0.1, "z_loss": 0.01}
+        options |= {} if case.form == "dense" else {"ignore_index": IGNORED}
+        options |= {} if case.fused else {"where": fixed["where"]}
+    if case.form == "integer":
+        losses = jaxce.softmax_cross_entropy_with_integer_labels(point["logits"], fixed["labels"], **options)
+    elif case.form == "dense":
+        losses = jaxce.softmax_cross_entropy(point["logits"], point["targets"], **options)
+    else:
+        recompute = case.form == "classes"
+        options |= {"recompute": recompute, "block_size": 128 if recompute else 1}
+        if case.options == "plain" and axis_name is None:  # the mean
+            return jaxce.linear_cross_entropy(point["x"], point["w"], fixed["labels"], **options)
+        if case.options == "plain":
+            options["normalizer"] = case.rows
+        else:
+            options |= {"reduction": "sum", "bias": point["bias"], "weights": fixed["combine"]}
+        return jaxce.linear_cross_entropy(point["x"], point["w"], fixed["labels"], **options)
+    return (fixed["combine"] * losses).sum()
+
+
+def sharded(case: Case, mesh, specs):
+    """The loss in the world of the case, as a function of (point, fixed)."""
+    if case.world != "shard_map":
+        return lambda point, fixed: loss_of(case, point, fixed)
+
+    def on_shard(point, fixed):
+        if case.sharding == "FSDP" and case.fused:
+            point = point | {"w": lax.all_gather(point["w"], "data", axis=0, tiled=True)}
+        return lax.psum(loss_of(case, point, fixed, case.class_mesh_axis), "data")
+
+    def whole(point, fixed):
+        in_specs = tuple({name: specs[name] for name in arrays} for arrays in (point, fixed))
+        f: Any = jax.shard_map(on_shard, mesh=mesh, in_specs=in_specs, out_specs=P(), check_vma=True)
+        return f(point, fixed)
+
+    return whole
+
+
+def check(case: Case) -> None:
+    point, fixed, specs = problem(case)
+    wanted = jax.jit(jax.value_and_grad(lambda point: loss_of(case, point, fixed)))(point)
+
+    mesh = mesh_of(case.sharding, case.world)
+    placed, placed_fixed = (
+        {name: jax.device_put(a, NamedSharding(mesh, specs[name])) for name, a in arrays.items()}
+        for arrays in (point, fixed)
+    )
+    placements = {name: a.sharding for name, a in placed.items()}
+    gradient = jax.value_and_grad(sharded(case, mesh, specs))
+    outputs = None if case.world == "Explicit" else (NamedSharding(mesh, P()), placements)
+    executable = jax.jit(gradient, out_shardings=outputs).lower(placed, placed_fixed).compile()
+    loss, gradients = executable(placed, placed_fixed)
+
+    assert_close(loss, wanted[0], "float32", factor=4)
+    for name, truth in wanted[1].items():
+        assert np.abs(truth.astype(jnp.float32)).max() > 0
+        assert_close(gradients[name], truth, truth.dtype, factor=4)
+        assert gradients[name].sharding.is_equivalent_to(placements[name], truth.ndim), name
+    if case.world == "Explicit":
+        types = jax.eval_shape(gradient, placed, placed_fixed)[1]
+        assert {n: t.sharding.spec for n, t in types.items()} == {
+            n: jax.typeof(a).sharding.spec for n, a in placed.items()
+        }
+    check_exchanges(case, collectives(executable.as_text() or ""))
+
+
+def check_exchanges(case: Case, exchanges) -> None:
+    data, model = case.shards
+    rows, classes = case.rows // data, case.classes // model
+    gathers = [c for c in exchanges if c.operation == "all-gather"]
+    sums = [c for c in exchanges if c.operation in ("all-reduce", "reduce-scatter")]
+    assert len(gathers) + len(sums) == len(exchanges), exchanges
+
+    small = 0 if case.options == "plain" else case.classes  # of class_weights
+    large = [c for c in gathers if c.numbers > small]
+    if case.sharding == "FSDP" and case.fused:
+        assert 1 <= len(large) <= 2, gathers  # w's features: once forward, once backward
+        assert all(c.numbers == FEATURES * classes for c in large), gathers
+    else:
+        assert not large, gathers
+
+    numbers = 8 if case.options == "plain" else 40  # per row
+    blocks = 3 if case.form == "classes" else 2  # and the rows that fill the last block
+    allowed = numbers * blocks * rows + 16 + (12 * case.classes if case.options == "all options" else 0)
+    allowed += blocks * rows * FEATURES if case.fused and model > 1 else 0  # dx
+    allowed += FEATURES * classes if case.fused and data > 1 else 0  # dw
+    assert sum(c.numbers for c in sums) <= allowed, (sums, allowed)
+
+
+def is_quick(i: int, case: tuple) -> bool:
+    """One of the four dtypes and options for each form, world and sharding, in turn; half of those."""
+    triple, last = divmod(i, 4)
+    return last == (triple + triple // 4) % 4 and (triple // 2 + triple // 8) % 2 == 0
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(Case(*case), id="-".join(case), marks=() if is_quick(i, case) else pytest.mark.slow)
+        for i, case in enumerate(EVERY)
+    ],
+)
+def test_equals_unsharded_and_exchanges_only_sums(case):
+    check(case)
