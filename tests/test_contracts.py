@@ -1,5 +1,6 @@
 """What happens at the edges: invalid and ignored labels, masked rows, infinities, and the error under checkify."""
 
+import functools
 from typing import Any
 
 import jax
@@ -37,9 +38,14 @@ def logits(seed: int = 0, shape: tuple[int, ...] = (N, K)) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-def loss_and_gradient(loss_fn, z, *args, **options):
-    loss, pullback = jax.vjp(lambda z: loss_fn(z, *args, **options), z)
-    return np.asarray(loss), np.asarray(pullback(jnp.ones_like(loss))[0])
+def loss_and_gradient(loss_fn, z, targets, **options):
+    return tuple(np.asarray(a) for a in _loss_and_gradient(loss_fn, z, targets, **options))
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="axis")
+def _loss_and_gradient(loss_fn, z, targets, **options):
+    loss, pullback = jax.vjp(lambda z: loss_fn(z, targets, **options), z)
+    return loss, pullback(jnp.ones_like(loss))[0]
 
 
 def assert_only_row_is_nan(loss, gradient, row: int, others):
@@ -105,7 +111,7 @@ def test_64_bit_labels(x64):
 
 def test_label_out_of_range_along_another_axis_and_flattened_axes():
     z = logits(0, (2, N, 3))
-    loss, gradient = loss_and_gradient(integer_loss, z, jnp.array([[0, 1, 4], [3, -1, 2]]), 1)
+    loss, gradient = loss_and_gradient(integer_loss, z, jnp.array([[0, 1, 4], [3, -1, 2]]), axis=1)
     np.testing.assert_array_equal(np.isnan(loss), [[False, False, True], [False, True, False]])
     np.testing.assert_array_equal(np.isnan(gradient), np.broadcast_to(np.isnan(loss)[:, None], z.shape))
     loss = integer_loss(z, jnp.array([5, 6, -1, 0]), (0, 2))
@@ -144,17 +150,29 @@ differentiable = {
 }
 
 
-def assert_row_is_absent(loss_of, z, targets, other_targets, dropped_loss_of):
-    """Row 1 of loss_of(z, targets, options) is not there: neither for the loss nor for any gradient."""
+@functools.partial(jax.jit, static_argnums=0)
+def gradients_and_rate(loss_fn, z, targets, options, cotangent, selection):
+    """Loss, gradients of the logits and of the options, and how the loss changes with all of them."""
+
+    def loss_of(z, options):
+        return loss_fn(z, targets, **selection, **options)
+
+    loss, pullback = jax.vjp(loss_of, z, options)
+    rates = jax.tree.map(jnp.ones_like, (z, options))
+    return loss, *pullback(cotangent), jax.jvp(loss_of, (z, options), rates)[1]
+
+
+def assert_row_is_absent(z, targets, **selection):
+    """Row 1 of the loss is not there: neither for the loss nor for any gradient."""
     rest = np.array([0, 2, 3])
     cotangent = jnp.array([0.5, jnp.nan, -2.0, 1.0])  # what is done with an absent row's loss does not matter either
     for names in [("class_weights", "logit_cap", "z_loss"), ("label_smoothing", "logit_cap", "z_loss")]:
         options = {name: differentiable[name] for name in names}
-        loss, pullback = jax.vjp(lambda z, o: loss_of(z, targets, o), z, options)
-        dz, d_options = pullback(cotangent)
-        wanted, pullback = jax.vjp(lambda z, o: dropped_loss_of(z, other_targets, o), z[rest], options)
-        wanted_dz, wanted_d_options = pullback(cotangent[rest])
-        assert loss[1] == 0 and (dz[1] == 0).all()
+        loss, dz, d_options, rate = gradients_and_rate(integer_loss, z, targets, options, cotangent, selection)
+        wanted, wanted_dz, wanted_d_options, _ = gradients_and_rate(
+            integer_loss, z[rest], targets[rest], options, cotangent[rest], {}
+        )
+        assert loss[1] == 0 and (dz[1] == 0).all() and rate[1] == 0
         np.testing.assert_allclose(loss[rest], wanted, 1e-6)
         np.testing.assert_allclose(dz[rest], wanted_dz, 1e-5, 1e-7)
         assert np.abs(wanted_dz).min() > 0
@@ -162,22 +180,13 @@ def assert_row_is_absent(loss_of, z, targets, other_targets, dropped_loss_of):
             np.testing.assert_allclose(d_options[name], wanted_d_options[name], 1e-5, 1e-6, err_msg=name)
             assert np.isfinite(d_options[name]).all()
 
-        rates = jax.tree.map(jnp.ones_like, options)
-        loss, rate = jax.jvp(lambda z, o: loss_of(z, targets, o), (z, options), (jnp.ones_like(z), rates))
-        assert loss[1] == 0 and rate[1] == 0
-
 
 @each_content
 @pytest.mark.parametrize("label", [1, K, -100])
 def test_ignored_row_is_not_there(content, label):
-    z, labels = logits().at[1].set(jnp.array(content)), jnp.array([1, label, 3, 4])
-    assert_row_is_absent(
-        lambda z, y, o: integer_loss(z, y, ignore_index=jnp.array(label), **o),
-        z,
-        labels if label != 1 else labels.at[0].set(2),
-        jnp.array([1 if label != 1 else 2, 3, 4]),
-        lambda z, y, o: integer_loss(z, y, **o),
-    )
+    first = 1 if label != 1 else 2
+    z, labels = logits().at[1].set(jnp.array(content)), jnp.array([first, label, 3, 4])
+    assert_row_is_absent(z, labels, ignore_index=jnp.array(label))
 
 
 @each_content
@@ -189,13 +198,7 @@ def test_masked_row_is_not_there(content, mask):
         mask
     ]
     for label in (0, -1):
-        assert_row_is_absent(
-            lambda z, y, o: integer_loss(z, y, where=where, **o),
-            z,
-            jnp.array([1, label, 3, 4]),
-            jnp.array([1, 3, 4]),
-            lambda z, y, o: integer_loss(z, y, **o),
-        )
+        assert_row_is_absent(z, jnp.array([1, label, 3, 4]), where=where)
 
 
 @each_content
@@ -206,15 +209,17 @@ def test_masked_row_of_dense_targets_is_not_there(content):
     )
     where, rest = jnp.array([True, False, True, True]), np.array([0, 2, 3])
 
-    def loss_of(z, t, **o):
-        return dense_loss(z, t, where=where, **o)
+    @jax.jit
+    def gradients(z, t, options, cotangent, where):
+        loss, pullback = jax.vjp(lambda z, t, o: dense_loss(z, t, where=where, **o), z, t, options)
+        return loss, *pullback(cotangent)
 
     for name in ("label_smoothing", "logit_cap", "z_loss"):
         options = {name: differentiable[name]}
-        loss, pullback = jax.vjp(lambda z, t, o: loss_of(z, t, **o), z, t, options)
-        dz, dt, d_options = pullback(jnp.array([0.5, jnp.nan, -2.0, 1.0]))
-        wanted, pullback = jax.vjp(lambda z, t, o: dense_loss(z, t, **o), z[rest], t[rest], options)
-        wanted_dz, wanted_dt, wanted_d_options = pullback(jnp.array([0.5, -2.0, 1.0]))
+        loss, dz, dt, d_options = gradients(z, t, options, jnp.array([0.5, jnp.nan, -2.0, 1.0]), where)
+        wanted, wanted_dz, wanted_dt, wanted_d_options = gradients(
+            z[rest], t[rest], options, jnp.array([0.5, -2.0, 1.0]), None
+        )
         assert loss[1] == 0 and (dz[1] == 0).all() and (dt[1] == 0).all()
         np.testing.assert_allclose(loss[rest], wanted, 1e-6)
         np.testing.assert_allclose(dz[rest], wanted_dz, 1e-5, 1e-7)
@@ -222,10 +227,9 @@ def test_masked_row_of_dense_targets_is_not_there(content):
         np.testing.assert_allclose(d_options[name], wanted_d_options[name], 1e-5)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @each_option
-def test_masked_class_is_not_there(bad, options):
-    z, labels = logits(), jnp.array([1, 2, 3, 4])
+def test_masked_class_is_not_there(options):
+    z, labels, bad = logits(), jnp.array([1, 2, 3, 4]), jnp.array([np.nan, np.inf, -np.inf, 3e38])
     where = jnp.ones(K, bool).at[0].set(False)[None]
     weights = options.get("class_weights")
     fewer = options if weights is None else options | {"class_weights": weights[1:]}
@@ -234,7 +238,7 @@ def test_masked_class_is_not_there(bad, options):
     assert_close(jnp.asarray(loss), wanted, jnp.float32)
     assert (gradient[:, 0] == 0).all()
     assert_close(jnp.asarray(gradient[:, 1:]), wanted_gradient, jnp.float32)
-    closer = integer_loss(z[:, 1:] - 0.01 * wanted_gradient, labels - 1, **fewer)
+    closer, _ = loss_and_gradient(integer_loss, z[:, 1:] - 0.01 * wanted_gradient, labels - 1, **fewer)
     assert (closer < wanted).all()  # which zeros, or the gradient's negative, would not do
 
     t = jax.nn.softmax(logits(1))
@@ -352,13 +356,10 @@ def test_target_mass_on_minus_inf_is_inf():
 @pytest.mark.parametrize("dense", [False, True])
 def test_row_without_a_finite_maximum_is_nan(bad, dense):
     z, labels = logits(), jnp.array([1, 2, 3, 4])
-
-    def call(z):
-        return dense_loss(z, jax.nn.one_hot(labels, K)) if dense else integer_loss(z, labels)
-
-    valid = loss_and_gradient(call, z)
-    assert_only_row_is_nan(*loss_and_gradient(call, z.at[1, 0].set(bad)), 1, valid)
-    assert_only_row_is_nan(*loss_and_gradient(call, z.at[1].set(-jnp.inf)), 1, valid)
+    call, targets = (dense_loss, jax.nn.one_hot(labels, K)) if dense else (integer_loss, labels)
+    valid = loss_and_gradient(call, z, targets)
+    assert_only_row_is_nan(*loss_and_gradient(call, z.at[1, 0].set(bad), targets), 1, valid)
+    assert_only_row_is_nan(*loss_and_gradient(call, z.at[1].set(-jnp.inf), targets), 1, valid)
 
 
 # Options out of range
@@ -402,11 +403,13 @@ TRANSFORMS = {
     "while_loop": lambda f: (
         lambda z, y: jax.lax.while_loop(lambda s: s[0] < 2, lambda s: (s[0] + 1, s[1] + f(z, y)), (0, jnp.zeros(N)))
     ),
-    "shard_map": lambda f: jax.shard_map(
-        f,
-        mesh=jax.make_mesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,)),
-        in_specs=P("rows"),
-        out_specs=P("rows"),
+    "shard_map": lambda f: jax.jit(
+        jax.shard_map(
+            f,
+            mesh=jax.make_mesh((4,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,)),
+            in_specs=P("rows"),
+            out_specs=P("rows"),
+        )
     ),
 }
 
@@ -415,9 +418,10 @@ TRANSFORMS = {
 @pytest.mark.parametrize("function", [integer_loss, jaxce.label_statistics], ids=lambda f: f.__name__)
 def test_the_check_disturbs_no_transform(function, transform):
     f = function if function is integer_loss else lambda z, y: function(z, y).log_prob
-    results = transform(f)(logits(), LABELS)
+    transformed = transform(f)
+    results = transformed(logits(), LABELS)
     assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(results))
-    again = transform(f)(logits(), LABELS.at[1].set(K))
+    again = transformed(logits(), LABELS.at[1].set(K))
     assert any(np.isnan(leaf).any() for leaf in jax.tree.leaves(again))
 
 
@@ -427,10 +431,10 @@ def test_the_check_disturbs_no_transform(function, transform):
 @pytest.mark.parametrize("function", [integer_loss, jaxce.label_statistics], ids=lambda f: f.__name__)
 def test_checkify_names_function_row_and_label(function, name):
     f = function if function is integer_loss else lambda z, y: function(z, y).log_prob
-    checked = checkify.checkify(TRANSFORMS[name](f))
+    checked = jax.jit(checkify.checkify(TRANSFORMS[name](f)))
     error, _ = checked(logits(), LABELS)
     assert error.get() is None
-    error, _ = jax.jit(checked)(logits(), LABELS.at[2].set(17))
+    error, _ = checked(logits(), LABELS.at[2].set(17))
     message = error.get()
     assert message is not None and message.startswith(f"{function.__name__}: labels has 17 in row ")
     if name not in ("scan", "vmap"):  # there the function sees single rows
