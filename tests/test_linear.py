@@ -1,5 +1,6 @@
 """fused_linear and linear_cross_entropy against the formulas with all the logits, in float64."""
 
+import itertools
 import re
 from functools import partial
 from typing import Any
@@ -119,8 +120,9 @@ MODES = (
 ).split(", ")
 
 
-# By default every mode by blocks of rows, and some by blocks of classes.
-QUICK_ROWS = ("jvp", "reverse over forward", "scan", "vmap over x")
+# By default every mode by blocks of rows of any loss, and nearly every one by blocks of classes, in either reduction.
+QUICK_ROWS = ("grad", "jvp", "forward over reverse", "reverse over reverse", "vmap over x")
+QUICK_NONE = ("jvp", "reverse over forward", "scan", "vmap over x")
 QUICK_CLASSES = ("grad", "forward over reverse", "reverse over reverse", "vmap over heads", "checkpoint")
 
 
@@ -137,7 +139,7 @@ def each_mode(*variants):
 @pytest.mark.parametrize(
     ("mode", "reduction", "recompute", "class_axis", "block_size"),
     each_mode(
-        (MODES, "mean", False, -1, 3), (QUICK_CLASSES, "mean", True, 0, 128), (QUICK_ROWS, "none", True, -1, 128)
+        (QUICK_ROWS, "mean", False, -1, 3), (QUICK_CLASSES, "mean", True, 0, 128), (QUICK_NONE, "none", True, -1, 128)
     ),
 )
 def test_cross_entropy_in_every_mode(mode, reduction, recompute, class_axis, block_size):
@@ -160,7 +162,7 @@ def test_cross_entropy_in_every_mode(mode, reduction, recompute, class_axis, blo
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("mode", "reduction"), each_mode((MODES, "mean"), (QUICK_ROWS, "none")))
+@pytest.mark.parametrize(("mode", "reduction"), each_mode((MODES, "mean"), (QUICK_NONE, "none")))
 def test_any_loss_in_every_mode(mode, reduction):
     rng = np.random.default_rng(2)
     x, w, labels = problem(7, 3, 5, np.float64)
@@ -183,8 +185,14 @@ def test_any_loss_in_every_mode(mode, reduction):
 # Sizes and dtypes
 
 
-@BLOCKED_OVER
-@pytest.mark.parametrize("rows", [0, 1, 127, 128, 129, 391])
+def sizes(quick, slow):
+    return [*quick, *(pytest.param(*size, marks=pytest.mark.slow) for size in slow)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "recompute"),
+    sizes([(n, False) for n in (0, 1, 127, 128, 129, 391)] + [(0, True), (391, True)], [(1, True), (129, True)]),
+)
 def test_any_number_of_rows(recompute, rows):
     x, w, labels = problem(rows, 33, 300)
     loss = partial(linear_cross_entropy, block_size=128, recompute=recompute)
@@ -194,9 +202,16 @@ def test_any_number_of_rows(recompute, rows):
     assert_close(grads, wanted_grads, 2e-6)
 
 
-@BLOCKED_OVER
-@pytest.mark.parametrize("class_axis", [-1, 0])
-@pytest.mark.parametrize("classes", [1, 2, 127, 128, 129, 300, 2049])
+# Blocks of classes end at multiples of 128; blocks of rows take all classes, whose number matters little there.
+BLOCKED_CLASSES = [(n, axis, True) for n in (1, 129, 2049) for axis in (-1, 0)]
+BLOCKED_CLASSES += [(2, -1, True), (127, 0, True), (128, -1, True), (300, 0, True)]
+QUICK_SIZES = BLOCKED_CLASSES + [(1, -1, False), (2, 0, False), (300, -1, False), (2049, 0, False)]
+EVERY_SIZE = itertools.product([1, 2, 127, 128, 129, 300, 2049], [-1, 0], [False, True])
+
+
+@pytest.mark.parametrize(
+    ("classes", "class_axis", "recompute"), sizes(QUICK_SIZES, [s for s in EVERY_SIZE if s not in QUICK_SIZES])
+)
 def test_any_number_of_classes(recompute, class_axis, classes):
     x, w, labels = problem(37, 7, classes)
     block_size = 128 if recompute else 16
@@ -249,12 +264,12 @@ def test_confident_rows_are_exact(recompute):
     margins = np.array([15.0, 30.0, 60.0], np.float32)
     w = jnp.eye(3, 140)
     x = jnp.asarray(np.diag(margins))
-    f = partial(linear_cross_entropy, reduction="none" if recompute else "sum")
+    f = jax.jit(partial(linear_cross_entropy, reduction="none" if recompute else "sum"))
     losses = jnp.stack([f(x[i : i + 1], w, jnp.array([i])).sum() for i in range(3)])
     wanted = np.log1p(139 * np.exp(-margins.astype(np.float64)))
     np.testing.assert_allclose(losses, wanted, rtol=2e-6)
     # Row i of w has nothing but its label's logit, so dx_ii is the gradient there, o − 1.
-    dx = jax.grad(lambda x: f(x, w, jnp.arange(3)).sum())(x)
+    dx = jax.jit(jax.grad(lambda x: f(x, w, jnp.arange(3)).sum()))(x)
     np.testing.assert_allclose(np.diagonal(dx), np.expm1(-wanted), rtol=2e-6)
 
 
@@ -266,9 +281,10 @@ def test_confident_rows_are_exact(recompute):
 def test_nothing_to_average_is_zero(recompute, rows):
     x, w, _ = problem(rows, 3, 5)
     labels = jnp.full(rows, IGNORED)
+    loss = partial(linear_cross_entropy, ignore_index=IGNORED, recompute=recompute)
+    value_and_gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))
     for weights in (None, jnp.ones(rows), jnp.zeros(rows)):
-        loss = partial(linear_cross_entropy, ignore_index=IGNORED, weights=weights, recompute=recompute)
-        got = jax.value_and_grad(loss, (0, 1))(x, w, labels)
+        got = value_and_gradients(x, w, labels, weights=weights)
         assert all((np.asarray(a) == 0).all() for a in jax.tree.leaves(got))
 
 
@@ -285,14 +301,14 @@ def test_ignored_rows_are_as_if_left_out_whatever_they_hold(recompute):
 
 
 @BLOCKED_OVER
-@pytest.mark.parametrize("label", [-1, 5, -100, 2**30])
-def test_an_invalid_label_is_nan(recompute, label):
+def test_an_invalid_label_is_nan(recompute):
     x, w, labels = problem(4, 3, 5)
+    value_and_dx = jax.jit(jax.value_and_grad(partial(linear_cross_entropy, recompute=recompute)))
     for class_weights in (None, jnp.ones(5)):
-        loss = partial(linear_cross_entropy, recompute=recompute, class_weights=class_weights)
-        got, dx = jax.value_and_grad(loss)(x, w, labels.at[2].set(label))
-        assert np.isnan(got)
-        assert np.isnan(dx[2]).all()
+        for label in (-1, 5, -100, 2**30):
+            got, dx = value_and_dx(x, w, labels.at[2].set(label), class_weights=class_weights)
+            assert np.isnan(got)
+            assert np.isnan(dx[2]).all()
 
 
 @BLOCKED_OVER
@@ -312,9 +328,9 @@ def test_gradient_accumulation_equals_one_batch(recompute):
     x, w, labels = problem(12, 3, 5)
     labels = labels.at[:5].set(IGNORED)  # the halves have 1 and 6 tokens
     loss = partial(linear_cross_entropy, ignore_index=IGNORED, recompute=recompute)
-    halves = [(x[i : i + 6], labels[i : i + 6]) for i in (0, 6)]
-    parts = [jax.grad(lambda w, x, y: loss(x, w, y, normalizer=7))(w, *half) for half in halves]
-    assert_close(parts[0] + parts[1], jax.grad(loss, 1)(x, w, labels))
+    dw = jax.jit(jax.grad(loss, 1))
+    parts = [dw(x[i : i + 6], w, labels[i : i + 6], normalizer=7) for i in (0, 6)]
+    assert_close(parts[0] + parts[1], dw(x, w, labels))
 
 
 def test_reductions_agree_and_leading_axes_are_kept():
@@ -347,7 +363,7 @@ def test_aux_is_returned_per_row_and_not_differentiated(reduction):
     np.testing.assert_array_equal(aux["best"], (x @ w).argmax(-1).reshape(2, 6))
     wanted = jax.grad(lambda x: jax.nn.logsumexp(x @ w, -1).sum() / (12 if reduction == "mean" else 1))(x)
     assert_close(dx.reshape(12, 3), wanted)
-    rates = jax.jvp(summed, (x.reshape(2, 6, 3), w), (jnp.ones((2, 6, 3)), w))[1]
+    rates = jax.jit(lambda *point: jax.jvp(summed, point, point)[1])(x.reshape(2, 6, 3), w)
     assert (np.asarray(rates[1]["logits"]) == 0).all()
 
 
