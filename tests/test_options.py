@@ -30,12 +30,14 @@ def logits(seed: int = 0, shape: tuple[int, ...] = (N, K), dtype=jnp.float32) ->
 # PyTorch
 
 
+REDUCTIONS = ("none", "sum", "mean")
+
+
 def reduced(loss, weights, reduction):
     return {"none": loss, "sum": loss.sum(), "mean": loss.sum() / weights.sum()}[reduction]
 
 
-def in_torch(z, targets, **options):
-    torch = pytest.importorskip("torch", reason="torch is a test dependency below Python 3.12 only")
+def in_torch(torch, z, targets, **options):
     z = torch.tensor(np.asarray(z), requires_grad=True)
     options = {k: torch.tensor(np.asarray(v)) if k == "weight" and v is not None else v for k, v in options.items()}
     loss = torch.nn.functional.cross_entropy(z, torch.tensor(np.asarray(targets)), **options)
@@ -48,45 +50,50 @@ def in_jax(loss_fn, z):
     return loss, pullback(jnp.linspace(-1, 2, loss.size, dtype=loss.dtype).reshape(loss.shape))[0]
 
 
-GRID = list(itertools.product([None, WEIGHTS], [0.0, 0.1, 1.0], ["none", "sum", "mean"]))
+def assert_as_in_torch(loss_fn, z, targets, row_weights, weights, **torch_options):
+    """loss_fn(z, smoothing) per row, in every reduction: value and gradient."""
+    torch = pytest.importorskip("torch", reason="torch is in the extra 'torch'")
+
+    @jax.jit
+    def ours(z, smoothing):
+        return {r: in_jax(lambda z, r=r: reduced(loss_fn(z, smoothing), row_weights, r), z) for r in REDUCTIONS}
+
+    for smoothing in (0.0, 0.1, 1.0):
+        got = ours(z, smoothing)
+        for reduction in REDUCTIONS:
+            options = {"weight": weights, "label_smoothing": smoothing, "reduction": reduction}
+            truth, gradient = in_torch(torch, z, targets, **options, **torch_options)
+            assert np.abs(gradient).max() > 1e-2
+            assert_close(got[reduction][0], truth, jnp.float64)
+            assert_close(got[reduction][1], gradient, jnp.float64)
 
 
 @pytest.mark.parametrize("ignore_index", [None, -100, 2])
-@pytest.mark.parametrize("weights, smoothing, reduction", GRID)
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
 @pytest.mark.parametrize("axis", [-1, 1])
-def test_integer_labels_as_in_torch(x64, axis, weights, smoothing, reduction, ignore_index):
+def test_integer_labels_as_in_torch(x64, axis, weights, ignore_index):
     z = logits(0, (N, K) if axis == -1 else (3, K, 2), jnp.float64)
     labels = (LABELS if ignore_index != -100 else LABELS.at[1].set(-100)).reshape((N,) if axis == -1 else (3, 2))
     c = None if weights is None else jnp.array(weights)
+    counted = jnp.ones(labels.shape, bool) if ignore_index is None else labels != ignore_index
+    row_weights = jnp.where(counted, 1.0 if c is None else c[jnp.where(counted, labels, 0)], 0.0)
 
-    def loss(z):
-        per_row = integer_loss(z, labels, axis, ignore_index=ignore_index, label_smoothing=smoothing, class_weights=c)
-        counted = jnp.ones(labels.shape, bool) if ignore_index is None else labels != ignore_index
-        row_weights = jnp.where(counted, 1.0 if c is None else c[jnp.where(counted, labels, 0)], 0.0)
-        return reduced(per_row, row_weights, reduction)
+    def loss(z, smoothing):
+        return integer_loss(z, labels, axis, ignore_index=ignore_index, label_smoothing=smoothing, class_weights=c)
 
     options = {} if ignore_index is None else {"ignore_index": ignore_index}
-    labels64 = np.asarray(labels, np.int64)
-    truth, gradient = in_torch(z, labels64, weight=c, label_smoothing=smoothing, reduction=reduction, **options)
-    got, got_gradient = in_jax(loss, z)
-    assert np.abs(gradient).max() > 1e-2
-    assert_close(got, truth, jnp.float64)
-    assert_close(got_gradient, gradient, jnp.float64)
+    assert_as_in_torch(loss, z, np.asarray(labels, np.int64), row_weights, c, **options)
 
 
-@pytest.mark.parametrize("weights, smoothing, reduction", GRID)
-def test_dense_targets_as_in_torch(x64, weights, smoothing, reduction):
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_dense_targets_as_in_torch(x64, weights):
     z, t = logits(0, dtype=jnp.float64), jax.nn.softmax(logits(1, dtype=jnp.float64))
     c = None if weights is None else jnp.array(weights)
 
-    def loss(z):
-        return reduced(dense_loss(z, t, label_smoothing=smoothing, class_weights=c), jnp.ones(N), reduction)
+    def loss(z, smoothing):
+        return dense_loss(z, t, label_smoothing=smoothing, class_weights=c)
 
-    truth, gradient = in_torch(z, t, weight=c, label_smoothing=smoothing, reduction=reduction)
-    got, got_gradient = in_jax(loss, z)
-    assert np.abs(gradient).max() > 1e-2
-    assert_close(got, truth, jnp.float64)
-    assert_close(got_gradient, gradient, jnp.float64)
+    assert_as_in_torch(loss, z, t, jnp.ones(N), c)
 
 
 # optax, T5X, Gemma
@@ -174,8 +181,12 @@ MODES = {
 
 FORMS = ("integer", "dense", "integer, masked", "dense, masked")
 OPTIONS = [(), *((name,) for name in VALUES), tuple(VALUES)]
-# By default every mode with all options together, and each alone in forward mode; the full product is slow.
-QUICK = {(form, tuple(VALUES), mode) for form in ("integer", "dense, masked") for mode in MODES}
+# By default every mode with all options together, for one form or both, and each option alone in forward mode.
+QUICK = {("integer", tuple(VALUES), mode) for mode in MODES if mode not in ("third order", "reverse over forward")}
+QUICK |= {
+    ("dense, masked", tuple(VALUES), mode) for mode in ("jacrev", "forward over reverse", "third order", "vmap", "scan")
+}
+QUICK |= {("integer, masked", tuple(VALUES), "reverse over forward")}
 QUICK |= {(form, names, "jacfwd") for form in ("integer, masked", "dense") for names in OPTIONS}
 CASES = [
     pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
@@ -258,7 +269,8 @@ def test_options_may_differ_between_vmapped_rows():
         return integer_loss(z, y, label_smoothing=e, logit_cap=c, class_weights=w, z_loss=p)
 
     rows = (logits(), LABELS, smoothing, cap, weights, z_loss)
-    wanted = jnp.stack([call(*(a[i] for a in rows)) for i in range(N)])
+    single = jax.jit(call)
+    wanted = jnp.stack([single(*(a[i] for a in rows)) for i in range(N)])
     assert_close(jax.vmap(call)(*rows), wanted, jnp.float32)
 
 
@@ -292,20 +304,20 @@ def test_options_in_any_type(given, wide, promotion):
     jax.config.update("jax_numpy_dtype_promotion", promotion)
     try:
         given_options = {name: GIVEN[given](value) for name, value in options.items()}
-        for form, loss_fn, targets in (
-            ("integer", integer_loss, np.array([0, 4, 1, 3, 1, 3])),
-            ("dense", dense_loss, t),
-        ):
+        forms = {"integer": (integer_loss, np.array([0, 4, 1, 3, 1, 3])), "dense": (dense_loss, t)}
+
+        @jax.jit
+        def losses(z):
+            return {form: f(z, y, where=where, **given_options) for form, (f, y) in forms.items()}
+
+        full, low = losses(z), losses(z.astype(jnp.bfloat16))
+        for form, (loss_fn, targets) in forms.items():
             truth = (smoothed[form] * w * (lse - capped)).sum(-1) + 2 * lse[:, 0] ** 2
-            static = jax.jit(lambda z, f=loss_fn, t=targets: f(z, t, where=where, **given_options))
-            loss = static(z)
-            assert loss.dtype == jnp.float32 and not loss.aval.weak_type
-            assert_close(loss, truth, jnp.float32)
-            low = jax.eval_shape(loss_fn, z, targets, where=where, **given_options)
-            assert low.dtype == jnp.float32 and not low.weak_type
-            low = static(z.astype(jnp.bfloat16))  # other numbers, for bfloat16: only the type is of interest
-            assert low.dtype == jnp.float32 and not low.aval.weak_type
-            np.testing.assert_allclose(low, truth, 0.02)
+            assert_close(full[form], truth, jnp.float32)
+            np.testing.assert_allclose(low[form], truth, 0.02)  # other numbers, for bfloat16: mostly for the type
+            abstract = jax.eval_shape(loss_fn, z, targets, where=where, **given_options)
+            for result in (full[form].aval, low[form].aval, abstract):
+                assert result.dtype == jnp.float32 and not result.weak_type
     finally:
         jax.config.update("jax_enable_x64", before[0])
         jax.config.update("jax_numpy_dtype_promotion", before[1])
@@ -329,8 +341,8 @@ def test_float64_logits_with_options_of_float32(x64, promotion):
             one = jnp.asarray(targets) if loss_fn is integer_loss else targets.astype(jnp.float64)
             naive = getattr(reference, loss_fn.__name__)
             ours = partial(loss_fn, labels=targets, where=where, **options)
-            truth = jax.jit(partial(in_jax, partial(naive, labels=one, where=where, **exact)))(z)
-            got = jax.jit(partial(in_jax, ours))(z)
+            truths = partial(naive, labels=one, where=where, **exact)
+            got, truth = jax.jit(lambda z, fs=(ours, truths): [in_jax(f, z) for f in fs])(z)
             assert_close(got[0], truth[0], jnp.float64)
             assert_close(got[1], truth[1], jnp.float64)
     finally:
