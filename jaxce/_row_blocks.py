@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.extend import core
 
 from . import _checks
 from ._autodiff import of_moving
@@ -116,6 +115,8 @@ def sweep_of(function: str, layer: Layer, loss_fn, has_aux: bool, x, w, bias, ro
     treedef = jax.tree.structure(shapes)
 
     def hoisted(consts, logits, *rows):
+        from jax.extend import core  # here, as on newer jax it imports Pallas: half the import time of this package
+
         outs = core.jaxpr_as_fun(closed.replace(consts=consts))(*jax.tree.leaves((logits, rows)))
         return jax.tree.unflatten(treedef, outs)
 
