@@ -206,12 +206,19 @@ def softmax_cross_entropy_with_integer_labels(
 
 
 class LabelStatistics(NamedTuple):
-    """What `label_statistics` returns: four arrays, one number per row [...]."""
+    """What `label_statistics` returns: four arrays, one number per row [...].
 
-    log_prob: Array  # log o_y
-    log_normalizer: Array  # log Σ_k exp z_k
-    entropy: Array  # −Σ_j o_j log o_j, in nats
-    correct: Array  # bool: the label is the arg max
+    Attributes:
+        log_prob: log o_y, in nats; float32, or float64 for float64 logits, as the next two.
+        log_normalizer: log Σ_k exp z_k.
+        entropy: −Σ_j o_j log o_j, in nats.
+        correct: bool, whether the label is the arg max. Not differentiated.
+    """
+
+    log_prob: Array
+    log_normalizer: Array
+    entropy: Array
+    correct: Array
 
 
 def label_statistics(
