@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ._autodiff import with_forward_mode
+from ._cache_blocks import in_row_blocks
 from ._elementary import exp, expm1, log1p, tanh
 from ._sharding import devices, in_auto
 
@@ -87,15 +88,21 @@ def row_statistics(
 
 
 @functools.cache
-def _rule(axis_name: str | None, with_entropy: bool):
+def _rule(axis_name: str | None, with_entropy: bool, differentiated: bool = False):
+    def forward_pass(arguments):
+        return _forward(*arguments, axis_name, with_entropy)
+
     @jax.custom_vjp
     def rule(values, selection):
-        return _forward(values, selection, axis_name, with_entropy)
+        whole = differentiated and not with_entropy and _keeps_exponentials(values, selection)
+        if whole or axis_name is not None:
+            return forward_pass((values, selection))
+        return in_row_blocks(forward_pass, values.logits, (values, selection))
 
     def forward(values, selection):
-        # The outputs come from the function that carries the rule, so that a derivative of these residuals, at second
+        # The outputs come from a function that carries the rule, so that a derivative of these residuals, at second
         # order, goes through the rule again. It is not written to be differentiated itself.
-        stats = differentiable(values, selection)
+        stats = _rule(axis_name, with_entropy, True)(values, selection)
         return stats, (values, selection, stats.shift, stats.log_sum, stats.entropy)
 
     def backward(residuals, cotangents):
@@ -103,14 +110,15 @@ def _rule(axis_name: str | None, with_entropy: bool):
         return _backward(values, selection, m, log_sum, entropy, cotangents, axis_name), None
 
     rule.defvjp(forward, backward)
-    differentiable = with_forward_mode(rule)
-    return differentiable
+    return with_forward_mode(rule)
 
 
 def _forward(values: Values, selection: Selection, axis_name, with_entropy) -> RowStatistics:
     values, label = _label_logit_first(values, selection)
     z, targets = _prepare(values, selection)
-    m = z.max(-1) if axis_name is None else lax.pmax(z.max(-1), axis_name)
+    # Where they are only cast, of the logits as they are: XLA on CPU would else make the cast copy a buffer.
+    m = (values.logits if _only_casts(values, selection) else z).max(-1).astype(z.dtype)
+    m = m if axis_name is None else lax.pmax(m, axis_name)
     if values.logit_cap is not None:
         m, values = _after(m, values)
         z, targets = _prepare(values, selection)
@@ -251,6 +259,17 @@ def _prepare(values: Values, selection: Selection) -> tuple[Array, Array | None]
         t = jnp.where(visible, t, 0)
     # In shard_map a smoothed label's targets would be equal on all shards, and their cotangent is not.
     return z, jnp.where(jnp.isnan(z), t, t)
+
+
+def _only_casts(values: Values, selection: Selection) -> bool:
+    """Whether that is all that `_prepare` does to the logits."""
+    return values.logit_cap is None and selection.where is None and selection.keep is None
+
+
+def _keeps_exponentials(values: Values, selection: Selection) -> bool:
+    """Whether XLA makes the gradient, in place, of the very exponentials that the forward pass summed: all at once."""
+    without_cast = values.logits.dtype == statistics_dtype(values.logits) and _only_casts(values, selection)
+    return without_cast and values.targets is None and values.target_floor is None
 
 
 @jax.custom_jvp
