@@ -108,6 +108,21 @@ def machine() -> dict[str, Any]:
     }
 
 
+def write(path: str, rows: list[dict[str, Any]]) -> None:
+    """`rows` as JSON, in the order of PROBLEMS, with those of other problems that the file has from here and today."""
+    here, measured = machine(), {row["problem"] for row in rows}
+    if os.path.exists(path):
+        with open(path) as file:
+            before = json.load(file)
+        if before["machine"] == here:
+            rows = [row for row in before["rows"] if row["problem"] not in measured] + rows
+    names = [problem.name for problem in (*problems.PROBLEMS, *problems.QUICK)]
+    rows = sorted(rows, key=lambda row: names.index(row["problem"]))
+    with open(path, "w") as file:
+        json.dump({"machine": here, "rows": rows}, file, indent=1)
+        file.write("\n")
+
+
 COLUMNS = ("ms", "of floor", "of optax", "of best peer", "temp MiB", "page faults", "compile s", "error")
 
 
@@ -157,7 +172,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="problems whose name contains TEXT")
     parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="a contender to leave out")
     parser.add_argument("--repeats", type=int, default=7, help="runs of each contender (default 7)")
-    parser.add_argument("--json", metavar="FILE", help="write what was measured")
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write what was measured; other problems that FILE has from the same day and machine stay",
+    )
     parser.add_argument("--plot", metavar="FILE.png", help="draw times and memory")
     options = parser.parse_args(arguments)
     from tqdm import tqdm
@@ -172,12 +191,9 @@ def main(arguments: list[str] | None = None) -> int:
             measured = measure(problem, options.repeats, options.skip, progress)
             print_rows(measured)
             rows += measured
-    result = {"machine": machine(), "repeats": options.repeats, "rows": rows}
-    print("\n" + json.dumps(result["machine"]))
+    print("\n" + json.dumps(machine()))
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump(result, file, indent=1)
-            file.write("\n")
+        write(options.json, rows)
     if options.plot:
         plot(rows, options.plot)
     ours = [row for row in rows if row["contender"].startswith("jaxce")]

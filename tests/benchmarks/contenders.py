@@ -12,7 +12,7 @@ import numpy as np
 
 import jaxce
 
-from .problems import DENSE, DONATED, FROM_MATMUL, LINEAR, LOSS_ONLY, Problem
+from .problems import COMPILING, DENSE, DONATED, FROM_MATMUL, LINEAR, LOSS_ONLY, Problem
 
 
 class Contender(NamedTuple):
@@ -33,7 +33,7 @@ def contenders(problem: Problem, arguments: tuple[jax.Array, ...]) -> dict[str, 
     losses = linear_losses() if problem.kind == LINEAR else logits_losses(problem)
     for name, loss in losses.items():
         made[name] = partial(compiled, step(problem, loss), arguments, problem)
-    if installed("torch"):
+    if installed("torch") and problem.kind != COMPILING:
         for name, loss in torch_losses(problem).items():
             made[name] = partial(in_torch, problem, loss, arguments)
     return made
@@ -41,11 +41,17 @@ def contenders(problem: Problem, arguments: tuple[jax.Array, ...]) -> dict[str, 
 
 def compiled(f: Callable, arguments: tuple, problem: Problem) -> Contender:
     donated = problem.kind == DONATED
+
+    def compile_it(*arguments):
+        return jax.jit(f, donate_argnums=(0,) if donated else ()).lower(*arguments).compile()
+
     start = time.perf_counter()
-    executable = jax.jit(f, donate_argnums=(0,) if donated else ()).lower(*arguments).compile()
+    executable = compile_it(*arguments)
     seconds = time.perf_counter() - start
 
     def prepare():
+        if problem.kind == COMPILING:
+            jax.clear_caches()
         return jax.block_until_ready((jnp.copy(arguments[0]), *arguments[1:])) if donated else arguments
 
     def result(out):
@@ -53,12 +59,15 @@ def compiled(f: Callable, arguments: tuple, problem: Problem) -> Contender:
         return np.asarray(loss, np.float64), tuple(gradients)
 
     memory = executable.memory_analysis()
+    temp_mib = None if memory is None else memory.temp_size_in_bytes / 2**20
+    if problem.kind == COMPILING:
+        return Contender(prepare, compile_it, lambda made: result(made(*arguments)), seconds, temp_mib)
     return Contender(
         prepare,
         lambda *arguments: jax.block_until_ready(executable(*arguments)),
         result,
         seconds,
-        None if memory is None else memory.temp_size_in_bytes / 2**20,
+        temp_mib,
     )
 
 

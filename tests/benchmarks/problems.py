@@ -25,6 +25,7 @@ DONATED = "logits, donated"  # the gradient may overwrite the logits
 FROM_MATMUL = "logits from a matmul"  # made in the same jit
 LOSS_ONLY = "loss only, logits from a matmul"  # no gradient
 DENSE = "dense targets"
+COMPILING = "tracing and compiling"  # of mean loss and gradient, each time anew
 
 PROBLEMS = [
     Problem(LINEAR, (2048, 512, 32000), "float32"),
@@ -44,12 +45,14 @@ PROBLEMS = [
     Problem(LOSS_ONLY, (1024, 50257), "float32"),
     Problem(LOSS_ONLY, (1024, 50257), "bfloat16"),
     Problem(DENSE, (1024, 50257), "float32"),
+    Problem(COMPILING, (8, 10), "float32"),
 ]
 QUICK = [
     Problem(LINEAR, (256, 64, 4099), "float32"),
     Problem(LINEAR, (256, 64, 4099), "bfloat16"),
     *(Problem(kind, (128, 5003), "float32") for kind in (LOGITS, DONATED, FROM_MATMUL, LOSS_ONLY, DENSE)),
     Problem(LOGITS, (128, 5003), "bfloat16"),
+    Problem(COMPILING, (8, 10), "float32"),
 ]
 MATMUL_FEATURES = 64  # of the matmul that makes logits
 
