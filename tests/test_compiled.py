@@ -1,6 +1,8 @@
 """What XLA is given and what is kept: compilations, temporary memory, residuals."""
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -203,3 +205,100 @@ def test_vmap_is_the_batched_loss(in_axes):
     wanted = integer_loss(full_logits, full_labels)
     oracle.assert_close(jax.jit(mapped)(*moved), wanted, "float32")
     assert temp_bytes(mapped, *moved) <= 4 * batch * rows * classes + MIB
+
+
+# ------------------------------------------------------------------------------ large logits on one CPU, in row blocks
+
+BF16_LOOPS = jax.__version_info__ >= (0, 11)  # before, XLA casts bfloat16 arrays to float32 as a whole in any loop
+
+
+def dense_gradient(logits, targets):
+    return jax.value_and_grad(lambda z: jaxce.softmax_cross_entropy(z, targets).mean())(logits)
+
+
+def smoothed(logits, labels):
+    return integer_loss(logits, labels, label_smoothing=0.1)
+
+
+# What is computed, the shape and dtype of the logits, the most temp memory in MiB.
+LARGE_CASES = {
+    "gradient": (gradient_of(integer_loss), LARGE, "float32", 8),
+    "gradient, bf16": (gradient_of(integer_loss), LARGE, "bfloat16", 8),
+    "gradient, bf16, more": (gradient_of(integer_loss), (8192, 32000), "bfloat16", 16),
+    "gradient of dense targets": (dense_gradient, LARGE, "float32", 16),
+    "gradient of dense targets, bf16": (dense_gradient, LARGE, "bfloat16", 16),
+    "loss": (integer_loss, LARGE, "float32", 8),
+    "loss, bf16": (integer_loss, LARGE, "bfloat16", 8),
+    "loss, smoothed": (smoothed, LARGE, "float32", 16),
+    "statistics": (jaxce.label_statistics, LARGE, "float32", 16),
+}
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """As in a process that has one: rows are taken in blocks."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    jax.clear_caches()
+
+
+def compiled_case(name, donated=False):
+    f, shape, dtype, _ = LARGE_CASES[name]
+    logits, labels = row_arguments(shape, dtype)
+    targets = jax.ShapeDtypeStruct(shape, jnp.float32) if "dense" in name else labels
+    return jax.jit(f, donate_argnums=(0,) if donated else ()).lower(logits, targets).compile()
+
+
+@pytest.mark.parametrize(
+    "name, donated",
+    [(name, donated) for name in LARGE_CASES for donated in (False, True) if "gradient" in name or not donated],
+)
+def test_large_logits_leave_no_temporary(name, donated, one_device):
+    """The gradient is made where the logits were, if these are donated, and is all that is made of their size.
+
+    Of float32 logits and labels the exponentials are made too, and then scaled in place.
+    """
+    _, shape, dtype, limit = LARGE_CASES[name]
+    if dtype == "bfloat16" and not BF16_LOOPS:
+        pytest.skip("XLA's own float32 copy")
+    compiled = compiled_case(name, donated)
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes <= limit * MIB, f"{memory.temp_size_in_bytes / MIB:.1f} MiB"
+    made = large_buffers(compiled.as_text(), shape[0] * shape[1])
+    assert len(made) <= (2 if name == "gradient" else 1 if "gradient" in name else 0), made
+
+
+def large_buffers(text: str, size: int) -> list[str]:
+    """The arrays of at least `size` numbers that instructions make; inside of fusions, none has a buffer."""
+    made, fused = [], False
+    for line in text.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            fused = "fused" in line or "region" in line
+        found = re.match(r"\s+(?:ROOT )?%?\S+ = (\w+)\[([\d,]+)\]\S* ([\w-]+)\(", line)
+        if not found or fused:
+            continue
+        dtype, shape, operation = found.groups()
+        names_only = operation in ("parameter", "get-tuple-element", "bitcast", "while", "tuple")
+        if math.prod(map(int, shape.split(","))) >= size and not names_only:
+            made.append(f"{operation} {dtype}[{shape}]")
+    return made
+
+
+@pytest.mark.parametrize("name", ["gradient", "gradient, bf16", "gradient of dense targets", "loss", "statistics"])
+def test_large_logits_fault_no_pages_but_the_gradients(name, one_device):
+    """What is not seen by the compiler's count of temporaries, as scratch inside of its kernels, is seen here."""
+    resource = pytest.importorskip("resource", reason="there are no page faults to count on this platform")
+    _, shape, dtype, _ = LARGE_CASES[name]
+    if dtype == "bfloat16" and not BF16_LOOPS:
+        pytest.skip("XLA's own float32 copy")
+    run = compiled_case(name)
+    targets = jnp.zeros(shape) if "dense" in name else jnp.zeros(shape[:1], jnp.int32)
+    arguments = jnp.zeros(shape, dtype), targets
+    faults = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        out = jax.block_until_ready(run(*arguments))
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        del out
+    gradient = arguments[0].nbytes if "gradient" in name else 0
+    assert min(faults) * resource.getpagesize() <= gradient + 8 * MIB

@@ -1,0 +1,145 @@
+"""Row blocks of large logits: the same numbers, less memory. What is large is made small here, a row or two a block."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jaxce
+from jaxce import _cache_blocks, _softmax
+
+from . import oracle, test_accuracy, test_autodiff_modes, test_contracts, test_options, test_statistics
+
+integer_loss = jaxce.softmax_cross_entropy_with_integer_labels
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """Each row is a block, in the gradient of labels alone too; afterwards, that blocks were used is checked."""
+    used, run = [], _cache_blocks._in_row_blocks
+    monkeypatch.setattr(jax, "device_count", lambda: 1)  # all arrays here are on one
+    monkeypatch.setattr(_cache_blocks, "SMALL", 0)
+    monkeypatch.setattr(_cache_blocks, "BLOCK", 0)
+    monkeypatch.setattr(_softmax, "_keeps_exponentials", lambda *_: False)
+    monkeypatch.setattr(_cache_blocks, "_in_row_blocks", lambda *arguments: used.append(1) or run(*arguments))
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+    assert used
+
+
+# Tests of the losses, once more.
+in_blocks = pytest.mark.usefixtures("blocks")
+
+
+@in_blocks
+class TestInBlocks:
+    test_confident_rows = staticmethod(test_accuracy.test_confidently_wrong_rows_are_exact)
+    test_16_bit_logits = staticmethod(test_accuracy.test_16_bit_logits_of_a_large_vocabulary)
+    test_targets_of_any_sum = staticmethod(test_accuracy.test_targets_of_any_sum)
+    test_nan_stays_in_its_row = staticmethod(test_accuracy.test_nan_stays_in_its_row)
+    test_equal_logits = staticmethod(test_accuracy.test_largest_and_equal_logits)
+    test_ignored_row_is_not_there = staticmethod(test_contracts.test_ignored_row_is_not_there)
+    test_masked_class_is_not_there = staticmethod(test_contracts.test_masked_class_is_not_there)
+    test_checkify = staticmethod(test_contracts.test_checkify_names_function_row_and_label)
+    test_options_under_vmap = staticmethod(test_options.test_options_may_differ_between_vmapped_rows)
+    test_statistics = staticmethod(test_statistics.test_masks_and_ignored_rows)
+
+
+@in_blocks
+@pytest.mark.usefixtures("x64")
+class TestInBlocksOfFloat64:
+    test_first_order_and_products = staticmethod(test_autodiff_modes.test_first_order_and_products)
+    test_vmap_is_the_batched_loss = staticmethod(test_autodiff_modes.test_vmap_is_the_batched_loss)
+
+
+# ------------------------------------------------------------------------------------------- blocks and the whole alike
+
+LEAD, K = (2, 4), 5
+OPTIONS = {
+    "none": {},
+    "everything": {"label_smoothing": 0.1, "class_weights": jnp.arange(1.0, 1 + K), "logit_cap": 3.0, "z_loss": 0.1},
+    "mask of classes": {"where": jnp.arange(K).reshape(1, 1, K) != 1},
+    "mask of rows": {"where": jnp.arange(8).reshape(LEAD) != 3},
+    "mask that is neither": {"where": jnp.array([True, False, True, True]).reshape(1, 4, 1)},
+}
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 5])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("form", ["integer", "dense", "dense shared by rows"])
+def test_last_block_and_shared_arguments(monkeypatch, form, options, size):
+    """8 rows in blocks of these sizes, with arguments per row, shared by all rows, and (not blocked) shared by some."""
+    rng = np.random.default_rng(size)
+    logits = jnp.asarray(rng.standard_normal((*LEAD, K)), jnp.float32)
+    dense = jnp.asarray(rng.uniform(size=(*(LEAD if form == "dense" else (1, 1)), K)), jnp.float32)
+    labels = jnp.asarray(rng.choice([0, 2, 3, 4], LEAD), jnp.int32)
+    loss, targets = (integer_loss, labels) if form == "integer" else (jaxce.softmax_cross_entropy, dense)
+
+    def results():
+        def weighted(z):
+            losses = loss(z, targets, **OPTIONS[options])
+            return (losses * jnp.arange(1.0, 9).reshape(LEAD)).sum(), losses
+
+        jax.clear_caches()
+        (_, losses), gradient = jax.jit(jax.value_and_grad(weighted, has_aux=True))(logits)
+        return losses, gradient, jax.jit(lambda z: loss(z, targets, **OPTIONS[options]))(logits)
+
+    whole = results()
+    monkeypatch.setattr(_softmax, "_keeps_exponentials", lambda *_: False)
+    monkeypatch.setattr(_cache_blocks, "rows_per_block", lambda _: size)
+    for got, wanted in zip(results(), whole, strict=True):
+        oracle.assert_close(got, wanted, "float32")
+
+
+# ----------------------------------------------------------------------------------------------------------- the choice
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
+def test_only_large_logits_are_split(one_device):
+    def rows(*shape):
+        return _cache_blocks.rows_per_block(jnp.zeros(shape, jnp.bfloat16))
+
+    assert rows(1024, 1000) is None and rows(1, 2**25) is None and rows(0, 10) is None
+    assert rows(1024, 50257) == 20 and rows(8, 128, 50257) == 20
+    assert rows(3, 2**24) == 1
+
+
+def test_sharded_rows_are_not_split(one_device):
+    logits = jnp.zeros((1024, 50257), jnp.bfloat16)
+    mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+    sharded = jax.device_put(logits, NamedSharding(mesh, PartitionSpec("rows")))
+    assert _cache_blocks.rows_per_block(sharded) is None and _cache_blocks.rows_per_block(logits) is not None
+
+
+def test_several_devices_split_nothing():
+    assert jax.device_count() > 1
+    assert _cache_blocks.rows_per_block(jnp.zeros((1024, 50257), jnp.bfloat16)) is None
+
+
+@in_blocks
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_inside_shard_map(axis_type):
+    """Over one device, where rows are split."""
+    rng = np.random.default_rng(0)
+    logits, labels = jnp.asarray(rng.standard_normal((6, K)), jnp.float32), jnp.asarray(rng.integers(K, size=6))
+    mesh = jax.make_mesh((1,), ("rows",), axis_types=(axis_type,), devices=jax.devices()[:1])
+    spec = PartitionSpec("rows")
+    gradient = jax.grad(lambda z, y: integer_loss(z, y).sum())
+    arguments = [jax.device_put(a, NamedSharding(mesh, spec)) for a in (logits, labels)]
+    got = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=spec, out_specs=spec))(*arguments)
+    oracle.assert_close(got, oracle.stable(np.asarray(logits), np.asarray(labels)).gradient, "float32")
+
+
+@in_blocks
+def test_calls_outside_jit_do_not_compile_again(caplog):
+    logits, others, labels = jnp.ones((8, 10)), jnp.zeros((8, 10)), jnp.zeros(8, jnp.int32)
+    jax.block_until_ready(jax.value_and_grad(lambda z: integer_loss(z, labels).mean())(logits))
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        jax.block_until_ready(jax.value_and_grad(lambda z: integer_loss(z, labels).mean())(others))
+    assert not [r.message for r in caplog.records if "Finished XLA compilation" in r.message]
