@@ -42,10 +42,12 @@ class Rows(NamedTuple):
             mask = jnp.expand_dims(mask, axes)
         mask = mask if all(mask.shape[a] == 1 for a in axes) else _broadcast_classes(mask, axes, shape)
         mask = classes_last(mask, axes, mask.shape)
-        shown = total(mask.sum(-1, keepdims=True), axis_name)
-        keep = jnp.broadcast_to(shown[..., 0] > 0, logits.shape[:-1])
+        keep = total(mask.any(-1).astype(jnp.int32), axis_name) > 0
+        keep = jnp.broadcast_to(keep, logits.shape[:-1])
         if mask.shape[-1] < logits.shape[-1]:  # a mask of rows
             return cls(logits, None, keep, keep[..., None], classes)
+        # Counted apart, and only where smoothing wants it: on CPU the sum makes integers of the whole mask.
+        shown = total(mask.sum(-1, keepdims=True), axis_name)
         return cls(logits, mask, keep, mask, jnp.maximum(shown, 1))
 
     def without(self, ignored: Array) -> "Rows":
