@@ -5,14 +5,17 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-# Read when libtpu is loaded: what it would otherwise ask of the machine it is on.
+# Read when jax and libtpu are loaded: what they would otherwise ask of the machine they are on.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # none of the devices is here
 
 import jax
 from jax.experimental import topologies
+
+jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])  # for where jax was imported before
 
 TPUS = {"TPU v5e": "v5e:2x2", "TPU v5p": "v5p:2x2x1", "TPU v6e": "v6e:2x2"}
 TARGETS = ("H100", *TPUS)
@@ -37,9 +40,7 @@ gpu_device_info {
 @functools.cache
 def device(target: str) -> Any:
     if target == "H100":
-        topology = topologies.get_topology_desc(
-            platform="cuda", topology_name="", target_config=H100, topology="1x1x1"
-        )
+        topology = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=H100, topology="1x1x1")
     else:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[target])
     return topology.devices[0]
