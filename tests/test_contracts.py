@@ -39,7 +39,8 @@ def logits(seed: int = 0, shape: tuple[int, ...] = (N, K)) -> jax.Array:
 
 
 def loss_and_gradient(loss_fn, z, targets, **options):
-    return tuple(np.asarray(a) for a in _loss_and_gradient(loss_fn, z, targets, **options))
+    loss, gradient = _loss_and_gradient(loss_fn, z, targets, **options)
+    return np.asarray(loss), np.asarray(gradient)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="axis")
