@@ -417,7 +417,7 @@ def sweep(dtype: str, integer: bool, structures: list[Structure], record: Record
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_rows_and_options(dtype, integer):
     rng = random.Random(f"{dtype} {integer}")
-    structures = [Structure.draw(rng, integer) for _ in range(8)]
+    structures = [Structure.draw(rng, integer) for _ in range(6)]
     record = Record()
     sweep(dtype, integer, structures, record, settings(270, derandomize=True))
     print(record)
