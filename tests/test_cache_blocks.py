@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jaxce
 from jaxce import _cache_blocks, _softmax
 
-from . import oracle, test_accuracy, test_autodiff_modes, test_contracts, test_options, test_statistics
+from . import oracle, test_accuracy, test_autodiff_modes, test_statistics
 
 integer_loss = jaxce.softmax_cross_entropy_with_integer_labels
 
@@ -29,29 +29,35 @@ def blocks(monkeypatch):
     assert used
 
 
-# Tests of the losses, once more.
 in_blocks = pytest.mark.usefixtures("blocks")
 
 
 @in_blocks
 class TestInBlocks:
-    test_confident_rows = staticmethod(test_accuracy.test_confidently_wrong_rows_are_exact)
+    """Tests of the losses, once more."""
+
+    test_confidently_wrong_rows = staticmethod(test_accuracy.test_confidently_wrong_rows_are_exact)
     test_16_bit_logits = staticmethod(test_accuracy.test_16_bit_logits_of_a_large_vocabulary)
     test_targets_of_any_sum = staticmethod(test_accuracy.test_targets_of_any_sum)
     test_nan_stays_in_its_row = staticmethod(test_accuracy.test_nan_stays_in_its_row)
     test_equal_logits = staticmethod(test_accuracy.test_largest_and_equal_logits)
-    test_ignored_row_is_not_there = staticmethod(test_contracts.test_ignored_row_is_not_there)
-    test_masked_class_is_not_there = staticmethod(test_contracts.test_masked_class_is_not_there)
-    test_checkify = staticmethod(test_contracts.test_checkify_names_function_row_and_label)
-    test_options_under_vmap = staticmethod(test_options.test_options_may_differ_between_vmapped_rows)
     test_statistics = staticmethod(test_statistics.test_masks_and_ignored_rows)
 
 
 @in_blocks
 @pytest.mark.usefixtures("x64")
-class TestInBlocksOfFloat64:
-    test_first_order_and_products = staticmethod(test_autodiff_modes.test_first_order_and_products)
-    test_vmap_is_the_batched_loss = staticmethod(test_autodiff_modes.test_vmap_is_the_batched_loss)
+@pytest.mark.parametrize("variable", ["logits of labels", "logits and dense"])
+@pytest.mark.parametrize("mode", ["value_and_grad", "jvp", "grad of jvp", "rev rev"])
+def test_modes(mode, variable):
+    modes = {**test_autodiff_modes.FIRST, **test_autodiff_modes.HIGHER}
+    test_autodiff_modes.assert_same(modes[mode], variable, lambda losses: lambda v: losses(v) ** 3)
+
+
+@in_blocks
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("form", ["integer", "dense"])
+def test_vmap(form):
+    test_autodiff_modes.test_vmap_is_the_batched_loss(form, (1, None), 1)
 
 
 # ------------------------------------------------------------------------------------------- blocks and the whole alike
@@ -66,9 +72,12 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("size", [1, 3, 4, 5])
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("form", ["integer", "dense", "dense shared by rows"])
+@pytest.mark.parametrize(
+    "form, options, size",
+    [("integer", name, 3) for name in OPTIONS]
+    + [("dense", name, 5) for name in OPTIONS]
+    + [("dense shared by rows", "everything", 3), ("integer", "none", 1), ("integer", "none", 4)],
+)
 def test_last_block_and_shared_arguments(monkeypatch, form, options, size):
     """8 rows in blocks of these sizes, with arguments per row, shared by all rows, and (not blocked) shared by some."""
     rng = np.random.default_rng(size)

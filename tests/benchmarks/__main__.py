@@ -26,6 +26,7 @@ from .problems import Problem
 
 # Errors above these are called wrong; half precision is rounded anywhere by some peers, at best at the end.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
+SHORT = 1_000  # milliseconds: a problem of which many runs of each contender fit into it is run as often
 MOST_MILLISECONDS = 25_000  # of one contender at one problem, beyond which it is not run again
 PEERS = ("jax", "jaxlib", "optax", "torch", "tokamax", "jax-cce", "marin-levanter")
 
@@ -51,7 +52,8 @@ def measure(problem: Problem, repeats: int, skipped: list[str], progress) -> lis
         except Exception as e:  # a peer's failure is a result, not the end of the benchmark
             row["failed"] = f"{type(e).__name__}: {e}".splitlines()[0][:200]
         progress.update()
-    for _ in range(repeats):
+    slowest = max((row["first call ms"] for _, row, _, _ in running.values()), default=1)
+    for _ in range(max(repeats, min(200, int(SHORT / slowest)))):
         for contender, _, milliseconds, faults in running.values():
             progress.update()
             if sum(milliseconds) > MOST_MILLISECONDS:
@@ -171,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="small shapes: a check that it runs, not a measurement")
     parser.add_argument("--only", default="", metavar="TEXT", help="problems whose name contains TEXT")
     parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="a contender to leave out")
-    parser.add_argument("--repeats", type=int, default=7, help="runs of each contender (default 7)")
+    parser.add_argument("--repeats", type=int, default=7, help="runs of each contender, if not short (default 7)")
     parser.add_argument(
         "--json",
         metavar="FILE",
