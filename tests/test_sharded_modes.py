@@ -239,8 +239,8 @@ def test_uneven_last_shard(form):
         options = {"bias": bias, "z_loss": 0.01, "axis_name": axis_name, "reduction": "sum"}
         return jaxce.linear_cross_entropy(x, w, labels, recompute=form == "classes", **options)[None]
 
-    def on_shard(*v):
-        return lax.psum(total(*v, "model").sum(), "data")
+    def on_shard(x, w, labels, real):
+        return lax.psum(total(x, w, labels, real, "model").sum(), "data")
 
     specs = (P("data"), P(None, "model"), P("data"), P("model"))
     mapped: Any = jax.shard_map(on_shard, mesh=mesh_of(), in_specs=specs, out_specs=P(), check_vma=True)
