@@ -8,6 +8,8 @@ OPERATION = re.compile(
     r"= (.+?) (all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter|ragged-all-to-all)(-start)?\("
 )
 ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+# Groups of one device each exchange nothing.
+ALONE = re.compile(r"replica_groups=(\{\{\d+\}|\[\d+,1\]<=)")
 
 
 class Collective(NamedTuple):
@@ -35,7 +37,7 @@ def collectives(text: str) -> list[Collective]:
     def within(name: str, times: int) -> list[Collective]:
         found = []
         for line in computations.get(name, ()):
-            if match := OPERATION.search(line):
+            if (match := OPERATION.search(line)) and not ALONE.search(line):
                 arrays = [
                     (dtype, tuple(map(int, filter(None, shape.split(","))))) for dtype, shape in ARRAY.findall(match[1])
                 ]
