@@ -1,6 +1,5 @@
 """The linear layer z = x·W + b by blocks: its three matmuls, for either layout of W, and loops over its classes."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from . import _checks
-from ._sharding import devices
+from ._sharding import devices, parts_of
 
 
 class Layer(NamedTuple):
@@ -19,11 +18,7 @@ class Layer(NamedTuple):
     operands: jnp.dtype
     sums: jnp.dtype  # of what is accumulated: float32 or float64
     devices: int  # that XLA may split x and w over
-
-    @property
-    def parts(self) -> int:
-        """That the classes are seen as (see `jaxce._sharding`)."""
-        return math.gcd(self.classes, self.devices)
+    parts: int  # that the classes are seen as (see `jaxce._sharding`)
 
     @classmethod
     def of(cls, function, x, w, bias, class_axis, dtype) -> tuple["Layer", Array, Array, Array | None]:
@@ -40,7 +35,7 @@ class Layer(NamedTuple):
             _checks.shape(function, "bias", bias, (classes,), "one number for each class")
         operands = jnp.result_type(x, w) if dtype is None else jnp.dtype(dtype)
         sums = jnp.dtype(jnp.float64 if operands == jnp.float64 else jnp.float32)
-        return cls(classes, class_axis % 2, operands, sums, devices(x, w)), x, w, bias
+        return cls(classes, class_axis % 2, operands, sums, devices(x, w), parts_of(w, class_axis)), x, w, bias
 
     def logits(self, x: Array, w: Array, bias: Array | None) -> Array:
         z = self._dot(x, [x.ndim - 1], w, [1 - self.class_axis])

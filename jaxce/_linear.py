@@ -11,7 +11,6 @@ dW = xᵀ·δ. Two ways not to hold z and δ:
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -26,7 +25,7 @@ from ._autodiff import with_gradients, with_pullback
 from ._class_blocks import class_blocked_losses
 from ._layer import Layer, varying_as
 from ._losses import softmax_cross_entropy_with_integer_labels
-from ._row_blocks import RowBlocks, rows_per_block, sweep_of
+from ._row_blocks import RowBlocks, row_parts, rows_per_block, sweep_of
 from ._sharding import in_auto
 
 Reduction = Literal["mean", "sum", "none"]
@@ -90,6 +89,11 @@ def fused_linear(
 
     Source: the three matmuls of a row's loss, in the module `jaxce._linear`.
     """
+    return _fused(loss_fn, reduction, has_aux, class_axis, dtype, block_size)
+
+
+def _fused(loss_fn, reduction, has_aux, class_axis, dtype, block_size, parts=None) -> Callable[..., Any]:
+    """`fused_linear`, of x whose leading axes are seen as so many parts (see `jaxce._sharding`)."""
     function = "fused_linear"
     _check_options(function, reduction, class_axis, dtype, block_size)
 
@@ -99,8 +103,7 @@ def fused_linear(
         row_args = jax.tree.map(lambda a: _checks.leading(function, "row_args", jnp.asarray(a), lead), row_args)
         weights, normalizer = _check_weights(function, weights, normalizer, lead, reduction, layer)
 
-        parts = tuple(math.gcd(n, layer.devices) for n in lead)
-        rows = RowBlocks.of(lead, parts, layer.devices * (block_size or rows_per_block(layer.classes)))
+        rows = RowBlocks.of(lead, parts or row_parts(x), layer.devices * (block_size or rows_per_block(layer.classes)))
 
         def blocked(x, w, bias, row_args, weights, normalizer):
             x, row_args = jax.tree.map(rows.split, (x, row_args))
@@ -239,13 +242,14 @@ def linear_cross_entropy(
         "logit_cap": logit_cap,
         "z_loss": z_loss,
     }
+    parts = row_parts(x)
     arrays = {name: option for name, option in given.items() if isinstance(option, Array)}
 
     def loss_of(x, w, labels, keep, bias, weights, normalizer, arrays):
         # In shard_map varying as the losses do, as fused_linear asks of what a loss closes over.
         arrays = {name: varying_as(option, x, labels) for name, option in arrays.items()}
         loss_fn = functools.partial(_loss_of_block, **given | arrays, axis_name=axis_name)
-        loss = fused_linear(loss_fn, reduction=reduction, class_axis=class_axis, dtype=dtype, block_size=block_size)
+        loss = _fused(loss_fn, reduction, False, class_axis, dtype, block_size, parts)
         return loss(x, w, labels, keep, bias=bias, weights=weights, normalizer=normalizer)
 
     return in_auto(loss_of, x, 0, x, w, labels, keep, bias, weights, normalizer, arrays)

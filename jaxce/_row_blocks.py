@@ -23,12 +23,16 @@ from jax import Array, lax
 from . import _checks
 from ._autodiff import of_moving
 from ._layer import Layer, varying_as
-from ._sharding import gathered
+from ._sharding import gathered, parts_of
 
 
 def rows_per_block(classes: int) -> int:
     fitting = (50 * 2**20) // (4 * classes)
     return min(512, max(128, 2 ** max(0, fitting.bit_length() - 1)))
+
+
+def row_parts(x: Array) -> tuple[int, ...]:
+    return tuple(parts_of(x, axis) for axis in range(x.ndim - 1))
 
 
 class RowBlocks(NamedTuple):

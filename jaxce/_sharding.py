@@ -3,8 +3,8 @@
 Under plain jit XLA decides where every array lives, and a trace sees the mesh of an array, but not which of its axes
 are split over which mesh axes. If an axis is split evenly, though, the number of shards divides both its size and the
 number of devices. So an axis viewed as gcd(size, devices) equal parts, [parts, size/parts], has the parts sharded and
-the rest local, whatever the sharding; blocks that take an equal share of every part then move no data. Without a mesh,
-and inside `jax.shard_map`, there is one part.
+the rest local, whatever the sharding; blocks that take an equal share of every part then move no data. On an Explicit
+mesh the types tell the number of shards. Without a mesh, and inside `jax.shard_map`, there is one part.
 """
 
 import math
@@ -20,6 +20,13 @@ from jax.sharding import PartitionSpec as P
 def devices(*arrays: Array) -> int:
     """How many devices XLA may split these arrays over."""
     return max(math.prod(_sizes(a, AxisType.Auto, AxisType.Explicit).values()) for a in arrays)
+
+
+def parts_of(a: Array, axis: int) -> int:
+    explicit = _sizes(a, AxisType.Explicit)
+    names = jax.typeof(a).sharding.spec[axis] if explicit else None
+    shards = math.prod(explicit.get(name, 1) for name in (names if isinstance(names, tuple) else (names,)))
+    return shards * math.gcd(a.shape[axis] // shards, math.prod(_sizes(a, AxisType.Auto).values()))
 
 
 def gathered(a: Array, axis: int) -> Array:
