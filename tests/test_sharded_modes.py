@@ -285,3 +285,18 @@ def test_any_loss_on_an_explicit_mesh():
         typed = [jax.typeof(a).sharding.spec for a in (aux["best"], aux["first"], *gradients)]
         assert typed == [P("data"), P("data", None), specs[0], specs[1], specs[3]]
         assert jax.typeof(losses).sharding.spec == (P() if reduction == "mean" else P("data"))
+
+
+def test_types_keep_the_sum_of_dw_a_shard_in_size():
+    """Plain jit cannot see which devices split what, and keeps a sum for each device, here all of them on each."""
+    rng = np.random.default_rng(0)
+    x, w = jnp.asarray(rng.standard_normal((64, 64)), "float32"), jnp.zeros((64, 2**15))
+    temp = {}
+    for axis_type in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((8,), ("model",), axis_types=(axis_type,))
+        placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in ((x, P()), (w, P(None, "model")))]
+        loss = partial(jaxce.linear_cross_entropy, labels=jnp.zeros(64, jnp.int32), block_size=1)
+        memory = jax.jit(jax.grad(loss, 1)).lower(*placed).compile().memory_analysis()
+        assert memory is not None
+        temp[axis_type] = memory.temp_size_in_bytes
+    assert temp[AxisType.Explicit] <= 2.5 * w.nbytes // 8 < w.nbytes <= temp[AxisType.Auto] <= 2.5 * w.nbytes, temp
