@@ -8,8 +8,7 @@ For a block of B rows x, logits z = x·W + b, a row-wise loss ℓ, and the losse
 
 Every block reads all of W and updates all of dW, which costs about 19/B of the matmuls' time, so B should not be below
 128; beyond 512 nothing is gained. In between, B is the largest power of two whose float32 logits fit in 32 MiB (larger
-buffers are new pages each time on a CPU), and is then made smaller to split the rows evenly. Block j of n holds the
-rows j, n + j, 2n + j, …, so that a sharded batch axis stays where it is.
+buffers are new pages each time on a CPU), and is then made smaller to split the rows evenly.
 """
 
 import functools
@@ -70,12 +69,12 @@ class RowBlocks(NamedTuple):
             # Rows of zeros could make a loss NaN that is not; rows that are there already cannot. Their g is 0.
             fill = lax.slice_in_dim(a, 0, extra, axis=first)
             a = jnp.concatenate([a, fill if repeat else jnp.zeros_like(fill)], first)
-        return jnp.moveaxis(a.reshape(*self.part_axes, self.size, self.blocks, *rest), first + 1, 0)
+        return jnp.moveaxis(a.reshape(*self.part_axes, self.blocks, self.size, *rest), first, 0)
 
     def join(self, a: Array) -> Array:
         first, axes = len(self.part_axes), len(self.lead)
         rest = a.shape[first + 2 :]
-        a = jnp.moveaxis(a, 0, first + 1).reshape(*self.part_axes, self.blocks * self.size, *rest)
+        a = jnp.moveaxis(a, 0, first).reshape(*self.part_axes, self.blocks * self.size, *rest)
         a = lax.slice_in_dim(a, 0, math.prod(self.lead) // math.prod(self.parts), axis=first)
         a = a.reshape(*self.parts, *(length // p for p, length in zip(self.parts, self.lead, strict=True)), *rest)
         return jnp.moveaxis(a, range(axes), range(0, 2 * axes, 2)).reshape(*self.lead, *rest)
