@@ -90,7 +90,8 @@ def row_statistics(
 @functools.cache
 def _rule(axis_name: str | None, with_entropy: bool, differentiated: bool = False):
     def forward_pass(arguments):
-        return _forward(*arguments, axis_name, with_entropy)
+        values, selection = arguments
+        return _forward(values, selection, axis_name, with_entropy)
 
     @jax.custom_vjp
     def rule(values, selection):
@@ -128,10 +129,10 @@ def _forward(values: Values, selection: Selection, axis_name, with_entropy) -> R
 
     label_loss = None if label is None else (m - label.logit) + log_sum
     target_loss = entropy = correct = None
+    if targets is not None and values.logit_cap is not None:
+        log_sum, values = _after(log_sum, values)
+        z, targets = _prepare(values, selection)
     if targets is not None:
-        if values.logit_cap is not None:
-            log_sum, values = _after(log_sum, values)
-            z, targets = _prepare(values, selection)
         # 0·log 0 = 0: without the select, a target of 0 at a logit of −inf would give NaN. At the maximum the distance
         # is exactly 0; where z is a product, LLVM may fuse it into the difference, which then is not.
         distance = jnp.where((targets == 0) | (z == m[..., None]), 0, targets * (m[..., None] - z))
