@@ -35,7 +35,10 @@ def cases(models: list[str]) -> list[tuple[str, str, Callable, tuple]]:
             found.append((model, name, gradients(loss), head(*HEADS[model], dtype)))
         for name, loss in peers.items():
             found.append((model, name, gradients(loss), head(*HEADS[model])))
-    losses: dict[str, Callable] = {"jaxce": problems.mean_loss, "jaxce, every option": problems.mean_loss_with_every_option}
+    losses: dict[str, Callable] = {
+        "jaxce": problems.mean_loss,
+        "jaxce, every option": problems.mean_loss_with_every_option,
+    }
     if installed("optax"):
         losses["optax"] = lambda z, y, *_: xent(z, y).mean()
     for name, loss in losses.items():
