@@ -7,8 +7,8 @@ For a block of B rows x, logits z = x·W + b, a row-wise loss ℓ, and the losse
 `sweep` is this loop. It differentiates ℓ with `jax.vjp` and knows nothing else of it.
 
 Every block reads all of W and updates all of dW, which costs about 19/B of the matmuls' time, so B should not be below
-128; beyond 512 nothing is gained. In between, B is the largest power of two whose float32 logits fit in 32 MiB (larger
-buffers are new pages each time on a CPU), and is then made smaller to split the rows evenly.
+128; beyond 512 little is gained. In between, B is the largest power of two whose float32 logits fit in 50 MiB, and is
+then made smaller to split the rows evenly.
 """
 
 import functools
