@@ -68,7 +68,7 @@ OPTIONS = {
     "everything": {"label_smoothing": 0.1, "class_weights": jnp.arange(1.0, 1 + K), "logit_cap": 3.0, "z_loss": 0.1},
     "mask of classes": {"where": jnp.arange(K).reshape(1, 1, K) != 1},
     "mask of rows": {"where": jnp.arange(8).reshape(LEAD) != 3},
-    "mask that is neither": {"where": jnp.array([True, False, True, True]).reshape(1, 4, 1)},
+    "mask shared by some rows": {"where": jnp.ones((1, 4, K), bool).at[0, 2, 1].set(False)},
 }
 
 
