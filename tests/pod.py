@@ -69,6 +69,7 @@ def row_of(topology, world: str, data: int, model: int, rows: int, classes: int)
     from .collectives import collectives
 
     n, k = rows // data, classes // model
+    summed = k if world == "shard_map" else classes  # plain jit keeps a sum of dw for each chip, here spread over 16
     row = {
         "world": world,
         "data": data,
@@ -76,7 +77,7 @@ def row_of(topology, world: str, data: int, model: int, rows: int, classes: int)
         "tokens": rows,
         "classes": classes,
         "predicted": {
-            "memory": max(4 * D * k + (model > 1) * 2 * n * D, 10 * D * k),
+            "memory": max(4 * D * summed + (model > 1) * 2 * n * D, 10 * D * k),
             "exchanged": (model > 1) * 2 * n * D + (data > 1) * 2 * D * k,
         },
     }
