@@ -121,8 +121,7 @@ def _forward(values: Values, selection: Selection, axis_name, with_entropy) -> R
     m = (values.logits if _only_casts(values, selection) else z).max(-1).astype(z.dtype)
     m = m if axis_name is None else lax.pmax(m, axis_name)
     if values.logit_cap is not None:
-        m, values = _after(m, values)
-        z, targets = _prepare(values, selection)
+        z, targets = _prepare(_after(values, m), selection)
     if label is not None:
         label = label._replace(logit=_rounded_alike(total(label.logit, axis_name), m, values.logit_cap))
     log_sum = _log_sum(z, m, label, axis_name)
@@ -130,8 +129,7 @@ def _forward(values: Values, selection: Selection, axis_name, with_entropy) -> R
     label_loss = None if label is None else (m - label.logit) + log_sum
     target_loss = entropy = correct = None
     if targets is not None and values.logit_cap is not None:
-        log_sum, values = _after(log_sum, values)
-        z, targets = _prepare(values, selection)
+        z, targets = _prepare(_after(values, log_sum), selection)
     if targets is not None:
         # 0·log 0 = 0: without the select, a target of 0 at a logit of −inf would give NaN. At the maximum the distance
         # is exactly 0; where z is a product, LLVM may fuse it into the difference, which then is not.
@@ -182,7 +180,7 @@ def _backward(
     in_place = devices(values.logits) > 1
     values, label = _label_logit_first(values, selection._replace(labels=None) if in_place else selection)
     if values.logit_cap is not None:
-        log_sum, values = _after(log_sum, values)
+        values = _after(values, m, log_sum)  # not what the forward pass waited for: XLA would merge these passes
     (z, targets), prepare_vjp = jax.vjp(lambda values: _prepare(values, selection), values)
     m, log_sum = m[..., None], log_sum[..., None]
     g = jax.tree.map(lambda v: v[..., None], cotangents)
@@ -338,16 +336,19 @@ def _label_logit_first(values: Values, selection: Selection) -> tuple[Values, _L
     return values._replace(logits=logits), _Label(labels, logit, owned | invalid)
 
 
-def _after(statistic: Array, values: Values) -> tuple[Array, Values]:
-    """Has accelerators wait for the statistic before they read these logits, to cap them once more.
+def _after(values: Values, *statistics: Array) -> Values:
+    """The values, which accelerators do not read before the statistics are known: so they cap the logits once more.
 
     XLA for GPUs would write the capped logits in one pass, in float32, and read them in the next: 4 GiB for
     [8192, 131072]. On a CPU that costs less than another tanh.
     """
-    statistic, logits = lax.platform_dependent(
-        statistic, values.logits, cpu=lambda *args: args, default=lambda *args: lax.optimization_barrier(args)
+    logits = lax.platform_dependent(
+        values.logits,
+        *statistics,
+        cpu=lambda logits, *_: logits,
+        default=lambda *args: lax.optimization_barrier(args)[0],
     )
-    return statistic, values._replace(logits=logits)
+    return values._replace(logits=logits)
 
 
 def _rounded_alike(label_logit: Array, m: Array, cap: Array | None) -> Array:
