@@ -67,12 +67,17 @@ class Layer(NamedTuple):
 
     def take(self, a: Array, start, size: int, axis: int = 0) -> Array:
         """Of an array with all classes along `axis`, those of the block: `size` of each part, from `start`."""
+        if self.parts == 1:
+            return lax.dynamic_slice_in_dim(a, start, size, axis)
         block = lax.dynamic_slice_in_dim(self._by_parts(a, axis), start, size, axis + 1)
         return block.reshape(*a.shape[:axis], self.parts * size, *a.shape[axis + 1 :])
 
     def put(self, total: Array, block: Array, start, axis: int = 0) -> Array:
         """`total` with the block that `take` would take replaced."""
-        block = self._by_parts(block.astype(total.dtype), axis)
+        block = block.astype(total.dtype)
+        if self.parts == 1:  # without a reshape, on a TPU, no copy of w is made
+            return lax.dynamic_update_slice_in_dim(total, block, start, axis)
+        block = self._by_parts(block, axis)
         return lax.dynamic_update_slice_in_dim(self._by_parts(total, axis), block, start, axis + 1).reshape(total.shape)
 
     def class_ids(self, start, size: int) -> Array:
