@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 N, D, K, STEPS = 24, 8, 12 * 7, 5
-TIMEOUT = 60  # seconds, of a whole run
-HEARTBEAT = 5  # seconds after which a process that is gone is missed
+TIMEOUT = 180  # seconds, of a whole run
+HEARTBEAT = 10  # seconds after which a process that is gone is missed
 
 
 def train(devices: int, die_at: int | None = None) -> None:
