@@ -16,6 +16,7 @@ from . import reference as reference
 from ._linear import fused_linear as fused_linear
 from ._linear import linear_cross_entropy as linear_cross_entropy
 from ._losses import LabelStatistics as LabelStatistics
+from ._losses import check_labels as check_labels
 from ._losses import label_statistics as label_statistics
 from ._losses import softmax_cross_entropy as softmax_cross_entropy
 from ._losses import softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels

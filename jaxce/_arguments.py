@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental import checkify
 from jax.typing import ArrayLike
 
 from . import _checks
@@ -113,17 +112,17 @@ def labelled_rows(function, logits, labels, axis, where, ignore_index, axis_name
     labels = jnp.broadcast_to(labels, batch)
     if ignore_index is not None:
         rows = rows.without(ignored(function, labels, ignore_index))
-    return rows, local_labels(function, labels, rows.keep, local_classes, axis_name)
+    return rows, local_labels(labels, rows.keep, local_classes, axis_name)
 
 
 def ignored(function: str, labels: Array, ignore_index: ArrayLike) -> Array:
-    labels = _signed(labels)
+    labels = signed(labels)
     return labels == _checks.scalar(function, "ignore_index", ignore_index, labels.dtype)
 
 
-def local_labels(function: str, labels: Array, keep: Array | None, local_classes: int, axis_name) -> Array:
+def local_labels(labels: Array, keep: Array | None, local_classes: int, axis_name) -> Array:
     """Labels as `Selection.labels` has them: int32, counted from this shard's first class; 0 for rows not kept."""
-    labels = _signed(labels)
+    labels = signed(labels)
     first_class, classes = 0, local_classes
     if axis_name is not None:
         first_class = local_classes * lax.axis_index(axis_name)
@@ -132,22 +131,8 @@ def local_labels(function: str, labels: Array, keep: Array | None, local_classes
     if keep is not None:
         valid = valid | ~keep
         labels = jnp.where(keep, labels, 0)
-    _check_labels(function, labels, valid, classes)
     labels = labels.astype(jnp.int32) - first_class
     return jnp.where(valid, labels, INVALID_LABEL)
-
-
-def _check_labels(function: str, labels: Array, valid: Array, classes: int) -> None:
-    """An error under `jax.experimental.checkify`; nothing otherwise, where the row's NaN tells."""
-    if labels.size == 0:
-        return
-    message = f"{function}: labels has {{label}} in row {{row}} (of the flattened batch), wanted 0 to {classes - 1}"
-
-    def check(labels, valid):
-        row = jnp.argmin(valid.ravel())
-        checkify.debug_check(valid.all(), message, label=labels.ravel()[row], row=row)
-
-    in_auto(check, labels, 0, labels, valid)
 
 
 def class_weight_of(labels: Array, keep: Array | None, class_weights: Array, axis_name) -> Array:
@@ -181,7 +166,7 @@ def _broadcast_classes(array: Array, axes: tuple[int, ...], shape: tuple[int, ..
     )
 
 
-def _signed(labels: Array) -> Array:
+def signed(labels: Array) -> Array:
     """As int32 or int64, what is beyond their range being no class and so left at the largest number."""
     wanted = jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32
     if jnp.issubdtype(labels.dtype, jnp.unsignedinteger) and labels.dtype.itemsize >= 4:

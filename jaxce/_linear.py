@@ -185,8 +185,8 @@ def linear_cross_entropy(
         ValueError: a shape or an option is wrong, or there is no class.
 
     A row ignored has loss 0 and gradient exactly 0 whatever `x` holds there. When all are ignored, or there are none,
-    a mean is 0 with zero gradients. Any other row whose label is outside [0, K) makes the loss NaN; under
-    `jax.experimental.checkify.checkify` it is an error that names the row and the label.
+    a mean is 0 with zero gradients. Any other row whose label is outside [0, K) makes the loss NaN; `check_labels`
+    names it.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxce
@@ -212,7 +212,7 @@ def linear_cross_entropy(
         keep = ~ignored(function, labels, ignore_index)
         x = jnp.where(keep[..., None], x, 0)  # or a NaN there, times a gradient of 0, would reach dw
         labels = jnp.where(keep, labels, 0)
-    local = local_labels(function, labels, keep, layer.classes, axis_name)
+    local = local_labels(labels, keep, layer.classes, axis_name)
     if reduction == "mean" and normalizer is None:
         normalizer = jnp.ones(lead, layer.sums) if weights is None else weights
         if options.class_weights is not None:

@@ -5,10 +5,12 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental import checkify
 from jax.typing import ArrayLike
 
 from . import _checks
-from ._arguments import Options, Rows, class_weight_of, classes_last, labelled_rows
+from ._arguments import Options, Rows, class_weight_of, classes_last, ignored, labelled_rows, signed
+from ._sharding import in_auto
 from ._softmax import RowStatistics, Selection, Values, row_statistics, total
 
 
@@ -155,9 +157,8 @@ def softmax_cross_entropy_with_integer_labels(
             out of range, they make the loss NaN.
 
     A row ignored, masked, or with all its classes masked has loss 0 and gradient exactly 0 whatever it holds. Any other
-    row whose label is outside [0, K) (there is no wrap-around), or is a masked class, has loss NaN and gradient NaN;
-    under `jax.experimental.checkify.checkify` (its user checks) a label outside [0, K) is an error that names the row
-    and the label. A label whose logit is −inf has loss +inf. A row with no finite maximum has NaN.
+    row whose label is outside [0, K) (there is no wrap-around; `check_labels` names it), or is a masked class, has loss
+    NaN and gradient NaN. A label whose logit is −inf has loss +inf. A row with no finite maximum has NaN.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxce
@@ -281,6 +282,56 @@ def label_statistics(
         numbers = (jnp.where(rows.keep, n, 0) for n in numbers)
     correct = stats.correct > 0
     return LabelStatistics(*numbers, correct if rows.keep is None else correct & rows.keep)
+
+
+def check_labels(
+    labels: ArrayLike, num_classes: int, where: ArrayLike | None = None, *, ignore_index: ArrayLike | None = None
+) -> None:
+    """A label outside [0, num_classes) becomes an error that names the row and the label, under `checkify`.
+
+    Call it beside a loss that is NaN, and run what calls it under `jax.experimental.checkify.checkify` (its user
+    checks). Anywhere else it does nothing, but is not free: JAX dispatches compiled functions that contain a check
+    five times slower, which is why the losses do not contain it.
+
+    Args:
+        labels: integer, of any shape.
+        num_classes: K, of all shards together.
+        where: bool mask of `labels`' shape, default none: rows that take part.
+        ignore_index: rows with this label do not take part, default none.
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape is wrong, or there is no class.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxce
+        >>> from jax.experimental import checkify
+        >>> def mean_loss(logits, labels):
+        ...     jaxce.check_labels(labels, logits.shape[-1])
+        ...     return jaxce.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        >>> error, loss = jax.jit(checkify.checkify(mean_loss))(jnp.zeros((3, 5)), jnp.array([0, 4, 5]))
+        >>> print(loss, error.get())
+        nan check_labels: labels has 5 in row 2 (of the flattened batch), wanted 0 to 4 (`check` failed)
+    """
+    function = "check_labels"
+    labels = signed(_checks.integer(function, "labels", labels))
+    if num_classes < 1:
+        raise _checks.value_error(function, "num_classes", num_classes, "at least 1")
+    valid = (labels >= 0) & (labels < num_classes)
+    if ignore_index is not None:
+        valid = valid | ignored(function, labels, ignore_index)
+    if where is not None:
+        mask = _checks.boolean(function, "where", where)
+        valid = valid | ~_checks.shape(function, "where", mask, labels.shape, "as labels")
+    if labels.size == 0:
+        return
+    message = f"{function}: labels has {{label}} in row {{row}} (of the flattened batch), wanted 0 to {num_classes - 1}"
+
+    def check(labels, valid):
+        row = jnp.argmin(valid.ravel())
+        checkify.debug_check(valid.all(), message, label=labels.ravel()[row], row=row)
+
+    in_auto(check, labels, 0, labels, valid)
 
 
 def _add_z_loss(loss: Array, stats: RowStatistics, keep: Array | None, z_loss: Array | None) -> Array:

@@ -115,13 +115,13 @@ def _rule(axis_name: str | None, with_entropy: bool, differentiated: bool = Fals
 
 
 def _forward(values: Values, selection: Selection, axis_name, with_entropy) -> RowStatistics:
-    values, label = _label_logit_first(values, selection)
+    values = _rounded_once(values)
     z, targets = _prepare(values, selection)
     # Where they are only cast, of the logits as they are: XLA on CPU would else make the cast copy a buffer.
     m = (values.logits if _only_casts(values, selection) else z).max(-1).astype(z.dtype)
     m = m if axis_name is None else lax.pmax(m, axis_name)
-    if values.logit_cap is not None:
-        z, targets = _prepare(_after(values, m), selection)
+    values, label = _label_logit(values, selection, m)
+    z, targets = _prepare(_after(values, m) if values.logit_cap is not None else values, selection)
     if label is not None:
         label = label._replace(logit=_rounded_alike(total(label.logit, axis_name), m, values.logit_cap))
     log_sum = _log_sum(z, m, label, axis_name)
@@ -178,7 +178,7 @@ def _backward(
     # Reading the labels' logits again would have the devices that share a row communicate: there they are looked at in
     # place, which costs an expm1 of every logit.
     in_place = devices(values.logits) > 1
-    values, label = _label_logit_first(values, selection._replace(labels=None) if in_place else selection)
+    values, label = _label_logit(_rounded_once(values), selection._replace(labels=None) if in_place else selection, m)
     if values.logit_cap is not None:
         values = _after(values, m, log_sum)  # not what the forward pass waited for: XLA would merge these passes
     (z, targets), prepare_vjp = jax.vjp(lambda values: _prepare(values, selection), values)
@@ -305,25 +305,31 @@ def _cosh(u: Array) -> Array:
     return (exp(u) + exp(-u)) / 2
 
 
+def _rounded_once(values: Values) -> Values:
+    """Logits that are a product would else be rounded anew, and differently, in each pass that reads them."""
+    return values._replace(logits=lax.optimization_barrier(values.logits))
+
+
 class _Label(NamedTuple):
     ids: Array  # [...]
     logit: Array  # [...] its logit as `_prepare` has it; NaN: invalid
     owned: Array  # [...] bool: a class of this shard, or invalid
 
 
-def _label_logit_first(values: Values, selection: Selection) -> tuple[Values, _Label | None]:
+def _label_logit(values: Values, selection: Selection, m: Array) -> tuple[Values, _Label | None]:
     """The label's logit, and the values to go on with.
 
-    It is read first, behind a barrier: reading it late would keep the logits alive, and exp could not overwrite them.
-    It is gathered before it is cast: a cast copy of all logits would be made for the gather (on TPU). The barrier also
-    has logits that are a product rounded once, rather than anew, and differently, in each pass that reads them.
+    It is read after the maximum was taken: read first, by one thread, it would have the threads that share a pass begin
+    late. And before anything else, behind a barrier: reading it late would keep the logits alive, and exp could not
+    overwrite them. It is gathered before it is cast: a cast copy of all logits would be made for the gather (on TPU).
     """
     labels = selection.labels
     if labels is None:
-        return values._replace(logits=lax.optimization_barrier(values.logits)), None
+        return values, None
+    late = lax.optimization_barrier((values.logits, m))[0]
     owned = (labels >= 0) & (labels < values.logits.shape[-1])
     index = jnp.where(owned, labels, 0)[..., None]
-    picked = Values(jnp.take_along_axis(values.logits, index, -1), logit_cap=values.logit_cap)
+    picked = Values(jnp.take_along_axis(late, index, -1), logit_cap=values.logit_cap)
     invalid = labels == INVALID_LABEL
     shown = None
     if selection.where is not None:
@@ -332,8 +338,10 @@ def _label_logit_first(values: Values, selection: Selection) -> tuple[Values, _L
         invalid = invalid | (hidden if selection.keep is None else hidden & selection.keep)
     logit = _prepare(picked, Selection(where=shown, keep=selection.keep))[0][..., 0]
     logit = jnp.where(invalid, jnp.nan, jnp.where(owned, logit, 0))
-    logits, logit = lax.optimization_barrier((values.logits, logit))
-    return values._replace(logits=logits), _Label(labels, logit, owned | invalid)
+    if values.logit_cap is None:  # capped, the exponentials do not depend on it, or a CPU would cap the logits twice
+        logits, logit = lax.optimization_barrier((late, logit))
+        values = values._replace(logits=logits)
+    return values, _Label(labels, logit, owned | invalid)
 
 
 def _after(values: Values, *statistics: Array) -> Values:

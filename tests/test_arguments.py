@@ -367,3 +367,23 @@ def test_errors_name_function_argument_got_and_wanted(form, logits, targets, key
 def test_errors_are_the_same_under_jit(form):
     with pytest.raises(ValueError, match=f"^{LOSSES[form].__name__}: axis is 2, wanted axes of logits"):
         jax.jit(lambda z: LOSSES[form](z, LABELS if form == "integer" else DENSE, axis=2))(LOGITS)
+
+
+@pytest.mark.parametrize(
+    "labels, classes, keywords, error, message",
+    [
+        (jnp.zeros(3), 5, {}, TypeError, "labels is of dtype float32, wanted an integer dtype"),
+        (LABELS, 0, {}, ValueError, "num_classes is 0, wanted at least 1"),
+        (
+            LABELS,
+            5,
+            {"where": jnp.ones(7, bool)},
+            ValueError,
+            f"where is of shape (7,), wanted {LABELS.shape}, as labels",
+        ),
+        (LABELS, 5, {"where": LABELS}, TypeError, "where is of dtype int32, wanted dtype bool"),
+    ],
+)
+def test_errors_of_check_labels(labels, classes, keywords, error, message):
+    with pytest.raises(error, match=f"^{re.escape(f'check_labels: {message}')}$"):
+        jaxce.check_labels(labels, classes, **keywords)

@@ -170,6 +170,22 @@ def test_one_compilation_for_repeated_calls(dtype):
     assert len(traces) == 1
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        integer_loss,
+        lambda z, y: integer_loss(z, y, ignore_index=1, label_smoothing=0.1, class_weights=jnp.ones(10), z_loss=0.1),
+        lambda z, y: jaxce.softmax_cross_entropy(z, jax.nn.one_hot(y, 10)),
+        lambda z, y: jaxce.label_statistics(z, y).entropy,
+        lambda z, y: jaxce.linear_cross_entropy(z, jnp.ones((10, 128)), y),
+    ],
+    ids=["integer", "options", "dense", "statistics", "linear"],
+)
+def test_no_effects(loss):
+    """JAX dispatches a compiled function with effects from Python: 3 ms instead of 0.4 for 200 arrays."""
+    assert not jax.make_jaxpr(gradient_of(loss))(jnp.ones((8, 10)), jnp.zeros(8, jnp.int32)).effects
+
+
 def test_calls_outside_jit_do_not_compile_again(caplog):
     logits, others, labels = jnp.ones((8, 10)), jnp.zeros((8, 10)), jnp.zeros(8, jnp.int32)
     jax.block_until_ready(gradient_of(integer_loss)(logits, labels))
@@ -302,4 +318,7 @@ def test_large_logits_fault_no_pages_but_the_gradients(name, one_device):
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         del out
     gradient = arguments[0].nbytes if "gradient" in name else 0
-    assert min(faults) * resource.getpagesize() <= gradient + 8 * MIB
+    memory = run.memory_analysis()
+    assert memory is not None
+    # What is temporary is a fresh buffer too, when the allocator did not keep the last one.
+    assert min(faults) * resource.getpagesize() <= gradient + memory.temp_size_in_bytes + MIB
