@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ._arguments import Options, class_weight_of
-from ._autodiff import with_pullback
+from ._autodiff import of_moving, with_gradients, with_pullback
 from ._elementary import exp, expm1, log1p
 from ._layer import Layer, over_classes, varying_as
 from ._sharding import gathered
@@ -49,27 +49,64 @@ class _Plan(NamedTuple):
         return self.layer.classes // self.layer.parts
 
 
-def class_blocked_losses(
-    layer: Layer, x: Array, w: Array, bias: Array | None, labels: Array, options: Options, block_size, axis_name
+def class_blocked_loss(
+    layer: Layer, x: Array, w: Array, bias: Array | None, labels, keep, scale, options: Options, block_size, axis_name
 ) -> Array:
-    """The loss of each row [...] of x [..., D], for labels as in `Selection.labels`."""
+    """Σ scale·loss over the rows [...] of x [..., D], for labels as in `Selection.labels`; without scale each loss.
+
+    The gradients of the sum are made together with it, as in `jaxce._row_blocks`.
+    """
     fitting = layer.devices * (block_size or 2**23 // max(1, labels.size))  # float32 logits of 32 MiB on each device
     plan = _Plan(layer, fitting // layer.parts, options.label_smoothing is not None, axis_name)
+    # In shard_map varying as the losses do: their gradients are then each shard's own, which are summed later.
+    options = options._replace(
+        **{name: varying_as(a, x, labels) for name, a in options._asdict().items() if isinstance(a, Array)}
+    )
     c = None if options.class_weights is None else options.class_weights.ravel()
     head = _Head(x, w, bias, options.logit_cap, c if plan.smooth else None, labels)
-    stats, _ = with_pullback(lambda head: (_forward(plan, head), None), functools.partial(_pull, plan))(head)
+    statistics = with_pullback(lambda head: (_forward(plan, head), None), functools.partial(_pull, plan))
 
-    loss = stats.label_loss
-    if c is not None:
-        weight = class_weight_of(labels, None, c, axis_name)
+    def losses_of(inputs):
+        head, options = inputs
+        return _losses(plan, statistics(head)[0], head.labels, options), None
+
+    def gradients_of(inputs, g, moving):
+        head, options = inputs
+        stats, _ = statistics(head)
+        losses, values, to_tree = of_moving(
+            lambda stats, options: _losses(plan, stats, head.labels, options),
+            (stats, options),
+            (jax.tree.map(lambda _: True, stats), moving[1]),
+        )
+        losses, pull = jax.vjp(losses, values)
+        g_stats, d_options = to_tree(pull(varying_as(g, losses))[0])
+        return (losses, (_pull(plan, head, stats, g_stats, moving[0]), d_options)), None
+
+    inputs = head, _RowOptions(options.label_smoothing, c, options.z_loss, keep)
+    return losses_of(inputs)[0] if scale is None else with_gradients(losses_of, gradients_of)(inputs, scale)[0]
+
+
+class _RowOptions(NamedTuple):
+    """What acts on a row's statistics."""
+
+    label_smoothing: Array | None
+    class_weights: Array | None  # [K]
+    z_loss: Array | None
+    keep: Array | None  # [...] bool
+
+
+def _losses(plan: _Plan, stats: _Statistics, labels: Array, options: _RowOptions) -> Array:
+    loss, spread = stats.label_loss, stats.spread
+    if options.class_weights is not None:
+        weight = class_weight_of(labels, None, options.class_weights, plan.axis_name)
         # A label of weight 0 at a logit of −inf: 0·inf is 0 here, as in 0·log 0.
         loss = weight * jnp.where((weight == 0) & jnp.isposinf(loss), 0, loss)
-    if options.label_smoothing is not None:
-        classes = layer.classes * (1 if axis_name is None else lax.axis_size(axis_name))
-        loss = (1 - options.label_smoothing) * loss + options.label_smoothing / classes * stats.spread
+    if options.label_smoothing is not None and spread is not None:
+        classes = plan.layer.classes * (1 if plan.axis_name is None else lax.axis_size(plan.axis_name))
+        loss = (1 - options.label_smoothing) * loss + options.label_smoothing / classes * spread
     if options.z_loss is not None:
         loss = loss + options.z_loss * (stats.shift + stats.log_sum) ** 2
-    return loss
+    return loss if options.keep is None else jnp.where(options.keep, loss, 0)
 
 
 def _block(plan: _Plan, head: _Head, start, size):
@@ -96,8 +133,8 @@ def _forward(plan: _Plan, head: _Head) -> _Statistics:
     head = head._replace(w=gathered(head.w, 1 - plan.layer.class_axis))
     lowest = jnp.finfo(plan.layer.sums).min  # not −inf: −inf − −inf is NaN
 
-    @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
-    def step(carry, start, size):
+    @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2, 3))
+    def step(carry, start, size, looped):
         m, rest, label_logit, spread, mass = carry
         _, c, z, label = _block(plan, head, start, size)
         z = _capped(z, head.logit_cap)
@@ -135,8 +172,8 @@ def _pull(plan: _Plan, head: _Head, stats: _Statistics, g: _Statistics, moving: 
         c = jnp.ones(layer.classes, layer.sums) if head.class_weights is None else head.class_weights
         g_lse = g_lse + g_spread * total(c.sum(), plan.axis_name)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
-    def step(grads, start, size):
+    @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(3, 4))
+    def step(x_transposed, grads, start, size, looped):
         w, c, raw, label = _block(plan, head, start, size)
         cap = None if head.logit_cap is None else varying_as(head.logit_cap, raw)
         z, uncap = jax.vjp(_capped, raw, cap)
@@ -150,7 +187,9 @@ def _pull(plan: _Plan, head: _Head, stats: _Statistics, g: _Statistics, moving: 
 
         return grads._replace(
             x=grads.x + layer.dx(draw, w) if moving.x else None,
-            w=layer.put(grads.w, layer.dw(head.x, draw), start, layer.class_axis) if moving.w else None,
+            w=layer.put(grads.w, layer.dw(head.x, draw, x_transposed if looped else None), start, layer.class_axis)
+            if moving.w
+            else None,
             bias=layer.put(grads.bias, draw.sum(rows), start) if moving.bias else None,
             logit_cap=grads.logit_cap + dcap if moving.logit_cap else None,
             class_weights=layer.put(grads.class_weights, dc(g_spread), start) if moving.class_weights else None,
@@ -161,5 +200,14 @@ def _pull(plan: _Plan, head: _Head, stats: _Statistics, g: _Statistics, moving: 
 
     grads = jax.tree.map(zeros, head, moving)
     grads = grads if grads.x is None else grads._replace(x=grads.x.astype(layer.sums))
-    grads = over_classes(step, grads, plan.part_classes, plan.fitting)
+
+    def loop(grads, x_transposed=None):
+        return over_classes(functools.partial(step, x_transposed), grads, plan.part_classes, plan.fitting)
+
+    if moving.w and layer.devices == 1:  # elsewhere a copy of x, for nothing
+        grads = lax.platform_dependent(
+            grads, head.x, cpu=lambda grads, x: loop(grads, layer.transposed(x)), default=lambda grads, x: loop(grads)
+        )
+    else:
+        grads = loop(grads)
     return grads if grads.x is None else grads._replace(x=grads.x.astype(head.x.dtype))

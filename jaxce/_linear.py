@@ -22,7 +22,7 @@ from jax.typing import ArrayLike, DTypeLike
 from . import _checks
 from ._arguments import Options, class_weight_of, ignored, local_labels
 from ._autodiff import with_gradients, with_pullback
-from ._class_blocks import class_blocked_losses
+from ._class_blocks import class_blocked_loss
 from ._layer import Layer, varying_as
 from ._losses import softmax_cross_entropy_with_integer_labels
 from ._row_blocks import RowBlocks, row_parts, rows_per_block, sweep_of
@@ -58,7 +58,7 @@ def fused_linear(
         class_axis: -1 (default) for w [D, K], 0 for w [K, D], as tied embeddings have it.
         dtype: floating dtype of the matmuls' operands, default that of x @ w. Sums are in float32 (float64) whatever it
             is, and the gradients in the dtypes of their arguments.
-        block_size: rows per block, at most; default chosen from K (see `jaxce._row_blocks`).
+        block_size: rows per block, at most; default chosen from D and K (see `jaxce._row_blocks`).
 
     Returns:
         `f`. Its arguments: x [..., D] and w floating; row arguments, pytrees of arrays [..., any]; bias [K] floating;
@@ -103,7 +103,9 @@ def _fused(loss_fn, reduction, has_aux, class_axis, dtype, block_size, parts=Non
         row_args = jax.tree.map(lambda a: _checks.leading(function, "row_args", jnp.asarray(a), lead), row_args)
         weights, normalizer = _check_weights(function, weights, normalizer, lead, reduction, layer)
 
-        rows = RowBlocks.of(lead, parts or row_parts(x), layer.devices * (block_size or rows_per_block(layer.classes)))
+        rows = RowBlocks.of(
+            lead, parts or row_parts(x), layer.devices * (block_size or rows_per_block(x.shape[-1], layer.classes))
+        )
 
         def blocked(x, w, bias, row_args, weights, normalizer):
             x, row_args = jax.tree.map(rows.split, (x, row_args))
@@ -226,15 +228,14 @@ def linear_cross_entropy(
                 function, "block_size", block_size, "a multiple of 128, where classes are blocked"
             )
 
-        def losses_of(x, w, bias, local, *options):
+        def loss_of_head(x, w, bias, local, keep, scale, *options):
             options = Options(like.dtype, *options)
-            return class_blocked_losses(layer, x, w, bias, local, options, block_size, axis_name)
+            return class_blocked_loss(layer, x, w, bias, local, keep, scale, options, block_size, axis_name)
 
-        losses = in_auto(losses_of, x, row_axes, x, w, bias, local, *options[1:])
-        losses = losses if keep is None else jnp.where(keep, losses, 0)
-        if reduction == "none":
-            return losses if weights is None else weights * losses
-        return jnp.sum(_row_scale(reduction, weights, normalizer, lead, layer) * losses)
+        scale = None if reduction == "none" else _row_scale(reduction, weights, normalizer, lead, layer)
+        axes = row_axes if scale is None else 0
+        loss = in_auto(loss_of_head, x, axes, x, w, bias, local, keep, scale, *options[1:])
+        return loss if scale is not None or weights is None else weights * loss
 
     given = {
         "label_smoothing": label_smoothing,
