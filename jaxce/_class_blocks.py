@@ -58,10 +58,6 @@ def class_blocked_loss(
     """
     fitting = layer.devices * (block_size or 2**23 // max(1, labels.size))  # float32 logits of 32 MiB on each device
     plan = _Plan(layer, fitting // layer.parts, options.label_smoothing is not None, axis_name)
-    # In shard_map varying as the losses do: their gradients are then each shard's own, which are summed later.
-    options = options._replace(
-        **{name: varying_as(a, x, labels) for name, a in options._asdict().items() if isinstance(a, Array)}
-    )
     c = None if options.class_weights is None else options.class_weights.ravel()
     head = _Head(x, w, bias, options.logit_cap, c if plan.smooth else None, labels)
     statistics = with_pullback(lambda head: (_forward(plan, head), None), functools.partial(_pull, plan))

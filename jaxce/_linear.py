@@ -228,13 +228,14 @@ def linear_cross_entropy(
                 function, "block_size", block_size, "a multiple of 128, where classes are blocked"
             )
 
-        def loss_of_head(x, w, bias, local, keep, scale, *options):
-            options = Options(like.dtype, *options)
+        def loss_of_head(x, w, bias, labels, local, keep, scale, *options):
+            # In shard_map varying as the losses do: gradients are then each shard's own, and summed later.
+            options = Options(like.dtype, *(None if a is None else varying_as(a, x, labels) for a in options))
             return class_blocked_loss(layer, x, w, bias, local, keep, scale, options, block_size, axis_name)
 
         scale = None if reduction == "none" else _row_scale(reduction, weights, normalizer, lead, layer)
         axes = row_axes if scale is None else 0
-        loss = in_auto(loss_of_head, x, axes, x, w, bias, local, keep, scale, *options[1:])
+        loss = in_auto(loss_of_head, x, axes, x, w, bias, labels, local, keep, scale, *options[1:])
         return loss if scale is not None or weights is None else weights * loss
 
     given = {
