@@ -24,7 +24,8 @@ class Contender(NamedTuple):
 
 
 def installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+    package = module.partition(".")[0]  # without which a module of it would not be looked for, but raise
+    return importlib.util.find_spec(package) is not None and importlib.util.find_spec(module) is not None
 
 
 def contenders(problem: Problem, arguments: tuple[jax.Array, ...]) -> dict[str, Callable[[], Contender]]:
