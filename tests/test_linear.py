@@ -313,6 +313,16 @@ def test_an_invalid_label_is_nan(recompute):
             assert np.isnan(dx[2]).all()
 
 
+def test_blocks_of_classes_update_dw_in_place():
+    """A block's part of dw is written where it belongs: nothing is added to all of dw, once for each block."""
+    x, w, labels = problem(8, 16, 3 * 256, jnp.bfloat16)
+    loss = partial(linear_cross_entropy, recompute=True, block_size=256)
+    text = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(x, w, labels).compile().as_text()
+    assert text is not None
+    assert len(re.findall(r"(?:f32|bf16)\[16,768\]\S* dynamic-update-slice\(", text)) == 1
+    assert not re.findall(r"(?:f32|bf16)\[16,768\]\S* add\(", text)
+
+
 @BLOCKED_OVER
 def test_gradient_accumulation_equals_one_batch(recompute):
     x, w, labels = problem(12, 3, 5)
