@@ -189,7 +189,6 @@ def _backward(
         # Where o > 1/2 the largest is alone, and only there does a·o − t cancel.
         top, log_o = log_sum < 0.5, -log_sum
         exact = top & (z == m)
-        e = exp(z - m)
     else:
         exact = _one_hot(labels, z)
         label_logit = jnp.where(exact, z, m) if label is None else label.logit[..., None]
@@ -197,8 +196,8 @@ def _backward(
         top = label_logit == m
         # The select, for its derivative: z_c − m has none, but autodiff would find 1 − 1 and lose what is added.
         log_o = jnp.where(top, 0, label_logit - m) - log_sum
-        # As in _log_sum: where XLA sees both, it computes this once.
-        e = jnp.where(exact, 0, exp(z - m))
+    # As in _log_sum: where XLA sees both, it computes this once.
+    e = jnp.where(exact, 0, exp(z - m))
     q = expm1(log_o)
 
     # Each cotangent's factor at c is formed before anything is summed: transposed, this is forward mode.
@@ -208,16 +207,18 @@ def _backward(
         slope, at_exact = slope + g.label_loss, at_exact + g.label_loss * q
     dt = None
     if targets is None:
-        dz = jnp.where(exact, at_exact, slope * exp(-log_sum) * e)
+        at_others = 0
     else:
         mass = total(targets.sum(-1, keepdims=True), axis_name)
         slope, at_exact = (
             slope + g.target_loss * mass,
             at_exact + g.target_loss * (mass * q + (mass - targets)),
         )
-        dz = jnp.where(exact, at_exact, slope * exp(-log_sum) * e - g.target_loss * targets)
+        at_others = -g.target_loss * targets
         # A target of 0 at a logit of −inf gets 0, not inf: what multiplies it (class weights) has a derivative.
         dt = g.target_loss * jnp.where((targets == 0) & jnp.isneginf(z), 0, (m - z) + log_sum)
+    # A sum, not a select of sums: transposed twice that would be two selects.
+    dz = slope * exp(-log_sum) * e + jnp.where(exact, at_exact, at_others)
     if entropy is not None:
         log_probs = (z - m) - log_sum
         o = exp(log_probs)
@@ -329,11 +330,11 @@ def _label_logit(values: Values, selection: Selection, m: Array) -> tuple[Values
     late = lax.optimization_barrier((values.logits, m))[0]
     owned = (labels >= 0) & (labels < values.logits.shape[-1])
     index = jnp.where(owned, labels, 0)[..., None]
-    picked = Values(jnp.take_along_axis(late, index, -1), logit_cap=values.logit_cap)
+    picked = Values(jnp.take_along_axis(late, index, -1, mode="promise_in_bounds"), logit_cap=values.logit_cap)
     invalid = labels == INVALID_LABEL
     shown = None
     if selection.where is not None:
-        shown = jnp.take_along_axis(selection.where, index, -1)
+        shown = jnp.take_along_axis(selection.where, index, -1, mode="promise_in_bounds")
         hidden = owned & ~shown[..., 0]
         invalid = invalid | (hidden if selection.keep is None else hidden & selection.keep)
     logit = _prepare(picked, Selection(where=shown, keep=selection.keep))[0][..., 0]
