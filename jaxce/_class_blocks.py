@@ -129,8 +129,8 @@ def _forward(plan: _Plan, head: _Head) -> _Statistics:
     head = head._replace(w=gathered(head.w, 1 - plan.layer.class_axis))
     lowest = jnp.finfo(plan.layer.sums).min  # not −inf: −inf − −inf is NaN
 
-    @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2, 3))
-    def step(carry, start, size, looped):
+    @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2,))
+    def step(carry, start, size):
         m, rest, label_logit, spread, mass = carry
         _, c, z, label = _block(plan, head, start, size)
         z = _capped(z, head.logit_cap)
@@ -168,8 +168,8 @@ def _pull(plan: _Plan, head: _Head, stats: _Statistics, g: _Statistics, moving: 
         c = jnp.ones(layer.classes, layer.sums) if head.class_weights is None else head.class_weights
         g_lse = g_lse + g_spread * total(c.sum(), plan.axis_name)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(3, 4))
-    def step(x_transposed, grads, start, size, looped):
+    @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(3,))
+    def step(x_transposed, grads, start, size):
         w, c, raw, label = _block(plan, head, start, size)
         cap = None if head.logit_cap is None else varying_as(head.logit_cap, raw)
         z, uncap = jax.vjp(_capped, raw, cap)
@@ -183,9 +183,7 @@ def _pull(plan: _Plan, head: _Head, stats: _Statistics, g: _Statistics, moving: 
 
         return grads._replace(
             x=grads.x + layer.dx(draw, w) if moving.x else None,
-            w=layer.put(grads.w, layer.dw(head.x, draw, x_transposed if looped else None), start, layer.class_axis)
-            if moving.w
-            else None,
+            w=layer.put(grads.w, layer.dw(head.x, draw, x_transposed), start, layer.class_axis) if moving.w else None,
             bias=layer.put(grads.bias, draw.sum(rows), start) if moving.bias else None,
             logit_cap=grads.logit_cap + dcap if moving.logit_cap else None,
             class_weights=layer.put(grads.class_weights, dc(g_spread), start) if moving.class_weights else None,

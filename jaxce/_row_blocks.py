@@ -7,8 +7,8 @@ For a block of B rows x, logits z = x·W + b, a row-wise loss ℓ, and the losse
 `sweep` is this loop. It differentiates ℓ with `jax.vjp` and knows nothing else of it.
 
 Every block reads all of W and updates all of dW, which costs about 19/B of the matmuls' time, so B should not be below
-128; beyond 512 little is gained. In between, B is the largest power of two for which a block's float32 logits fit in
-64 MiB and in half of what W takes, and is then made smaller to split the rows evenly.
+128; beyond 512 little is gained. In between, B is the largest for which a block's float32 logits fit in 64 MiB and in
+two thirds of what W takes, and is then made smaller to split the rows evenly.
 """
 
 import functools
@@ -26,8 +26,7 @@ from ._sharding import gathered, parts_of
 
 
 def rows_per_block(features: int, classes: int) -> int:
-    fitting = min(2**24 // classes, features // 2)
-    return min(512, max(128, 2 ** max(0, fitting.bit_length() - 1)))
+    return min(512, max(128, min(2**24 // classes, 2 * features // 3)))
 
 
 def row_parts(x: Array) -> tuple[int, ...]:
