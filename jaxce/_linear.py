@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from . import _checks
@@ -173,7 +173,8 @@ def linear_cross_entropy(
         block_size: rows per block as in `fused_linear`; where classes are blocked, classes per block, a multiple of
             128. Default chosen from the shapes (see `jaxce._row_blocks` and `jaxce._class_blocks`).
         recompute: block classes, not rows, and compute the logits again in the backward pass: 4 matmuls instead of 3,
-            but no accumulator of the size of `w`. Default False; always so for reduction="none".
+            but no accumulator of the size of `w`. Default False; always so for reduction="none", and on one CPU device
+            where `w` is narrower than the sums and no `block_size` is given (it takes no longer there).
         axis_name: inside `jax.shard_map` (with check_vma=True), the mesh axis that the classes are split over, default
             none. `w`, `bias` and `class_weights` are this shard's; labels count from the first class of the first
             shard; every shard holds equally many classes (a bias of −inf masks what is too many, where neither
@@ -221,37 +222,51 @@ def linear_cross_entropy(
             normalizer = normalizer * class_weight_of(local, keep, options.class_weights, axis_name)
         normalizer = jnp.sum(normalizer if keep is None else jnp.where(keep, normalizer, 0))
 
-    row_axes = len(lead)
+    def by_classes():
+        scale = None if reduction == "none" else _row_scale(reduction, weights, normalizer, lead, layer)
+        loss = _by_classes(layer, x, w, bias, labels, local, keep, scale, options, block_size, axis_name)
+        return loss if scale is not None or weights is None else weights * loss
+
+    def by_rows():
+        given = {
+            "label_smoothing": label_smoothing,
+            "class_weights": class_weights,
+            "logit_cap": logit_cap,
+            "z_loss": z_loss,
+        }
+        fused_options = reduction, False, class_axis, dtype, block_size, row_parts(x)
+        return _by_rows(x, w, bias, labels, keep, weights, normalizer, given, axis_name, fused_options)
+
     if recompute or reduction == "none":
         if block_size is not None and block_size % 128:
             raise _checks.value_error(
                 function, "block_size", block_size, "a multiple of 128, where classes are blocked"
             )
+        return by_classes()
+    if w.dtype.itemsize < layer.sums.itemsize and block_size is None and layer.devices == 1:
+        # By rows dw would need an accumulator beside it, which on CPU costs about as much as a fourth matmul.
+        return lax.platform_dependent(cpu=by_classes, default=by_rows)
+    return by_rows()
 
-        def loss_of_head(x, w, bias, labels, local, keep, scale, *options):
-            # In shard_map varying as the losses do: gradients are then each shard's own, and summed later.
-            options = Options(like.dtype, *(None if a is None else varying_as(a, x, labels) for a in options))
-            return class_blocked_loss(layer, x, w, bias, local, keep, scale, options, block_size, axis_name)
 
-        scale = None if reduction == "none" else _row_scale(reduction, weights, normalizer, lead, layer)
-        axes = row_axes if scale is None else 0
-        loss = in_auto(loss_of_head, x, axes, x, w, bias, labels, local, keep, scale, *options[1:])
-        return loss if scale is not None or weights is None else weights * loss
+def _by_classes(layer, x, w, bias, labels, local, keep, scale, options, block_size, axis_name):
+    def loss_of(x, w, bias, labels, local, keep, scale, *arrays):
+        # In shard_map varying as the losses do: gradients are then each shard's own, and summed later.
+        varying = Options(options.dtype, *(None if a is None else varying_as(a, x, labels) for a in arrays))
+        return class_blocked_loss(layer, x, w, bias, local, keep, scale, varying, block_size, axis_name)
 
-    given = {
-        "label_smoothing": label_smoothing,
-        "class_weights": class_weights,
-        "logit_cap": logit_cap,
-        "z_loss": z_loss,
-    }
-    parts = row_parts(x)
+    axes = labels.ndim if scale is None else 0
+    return in_auto(loss_of, x, axes, x, w, bias, labels, local, keep, scale, *options[1:])
+
+
+def _by_rows(x, w, bias, labels, keep, weights, normalizer, given, axis_name, fused_options):
     arrays = {name: option for name, option in given.items() if isinstance(option, Array)}
 
     def loss_of(x, w, labels, keep, bias, weights, normalizer, arrays):
         # In shard_map varying as the losses do, as fused_linear asks of what a loss closes over.
         arrays = {name: varying_as(option, x, labels) for name, option in arrays.items()}
         loss_fn = functools.partial(_loss_of_block, **given | arrays, axis_name=axis_name)
-        loss = _fused(loss_fn, reduction, False, class_axis, dtype, block_size, parts)
+        loss = _fused(loss_fn, *fused_options)
         return loss(x, w, labels, keep, bias=bias, weights=weights, normalizer=normalizer)
 
     return in_auto(loss_of, x, 0, x, w, labels, keep, bias, weights, normalizer, arrays)

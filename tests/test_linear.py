@@ -237,17 +237,46 @@ def test_default_blocks_of_a_large_head(recompute):
     assert_close(grads, wanted_grads, 2e-6)
 
 
-@BLOCKED_OVER
+@pytest.mark.parametrize("options", [{"block_size": 256}, {"recompute": True}], ids=["rows", "classes"])
 @pytest.mark.parametrize("rows", [1000, 65536])
-def test_bfloat16_is_accumulated_in_float32(recompute, rows):
+def test_bfloat16_is_accumulated_in_float32(options, rows):
     x, w, labels = problem(rows, 16, 130, jnp.bfloat16)
-    got, (_, dw) = jax.jit(jax.value_and_grad(partial(linear_cross_entropy, recompute=recompute), (0, 1)))(x, w, labels)
+    got, (_, dw) = jax.jit(jax.value_and_grad(partial(linear_cross_entropy, **options), (0, 1)))(x, w, labels)
     wanted, (_, wanted_dw) = truth(x, w, labels)
     assert_close(got, wanted, 1e-5)
     rounding = np.abs(np.asarray(wanted_dw.astype(jnp.bfloat16), np.float64) - wanted_dw).max()
     error = np.abs(np.asarray(dw, np.float64) - wanted_dw).max()
     assert dw.dtype == jnp.bfloat16
     assert error <= rounding + np.abs(wanted_dw).max() / 256
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f: jax.value_and_grad(f, (0, 1)),
+        lambda f: lambda x, w: jax.jvp(f, (x, w), (x, w)),
+        lambda f: lambda x, w: jax.jvp(jax.grad(f, (0, 1)), (x, w), (x, w)),
+        lambda f: lambda x, w: jax.vmap(jax.grad(f, (0, 1)), (None, 0))(x, jnp.stack([w, -w])),
+    ],
+    ids=["grad", "jvp", "forward over reverse", "vmap over heads"],
+)
+def test_what_is_blocked_by_platform(transform):
+    """A narrow w and no block_size: rows, or on CPU classes, in every mode."""
+    x, w, labels = problem(64, 16, 130, jnp.bfloat16)
+
+    def run(**options):
+        return jax.jit(transform(partial(linear_cross_entropy, labels=labels, **options)))(x, w)
+
+    got, wanted = jax.tree.map(lambda a: a.astype(jnp.float32), (run(), run(block_size=32)))
+    assert_close(got, wanted, 1 / 64)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="XLA on CPU then casts all of w to float32 in any loop")
+def test_bfloat16_needs_no_accumulator_on_cpu():
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1024, 768), (768, 50257)))
+    labels = jax.ShapeDtypeStruct((1024,), jnp.int32)
+    memory = compiled(jax.grad(linear_cross_entropy, (0, 1)), x, w, labels).memory_analysis()
+    assert memory is not None and memory.temp_size_in_bytes < 4 * w.size / 2
 
 
 @BLOCKED_OVER
