@@ -174,7 +174,7 @@ def linear_cross_entropy(
             128. Default chosen from the shapes (see `jaxce._row_blocks` and `jaxce._class_blocks`).
         recompute: block classes, not rows, and compute the logits again in the backward pass: 4 matmuls instead of 3,
             but no accumulator of the size of `w`. Default False; always so for reduction="none", and on one CPU device
-            where `w` is narrower than the sums and no `block_size` is given (it takes no longer there).
+            where `w` is narrower than the sums and no `block_size` is given (it takes about as long there).
         axis_name: inside `jax.shard_map` (with check_vma=True), the mesh axis that the classes are split over, default
             none. `w`, `bias` and `class_weights` are this shard's; labels count from the first class of the first
             shard; every shard holds equally many classes (a bias of −inf masks what is too many, where neither
