@@ -158,7 +158,7 @@ def sweep(layer: Layer, block_loss, inputs: Inputs, g: Any = None, moving: Any =
         losses, pull, aux = jax.vjp(loss, values, has_aux=True)
         dz, drows, block_dconsts = to_tree(pull(varying_as(g, like))[0])
         dw, dbias, dconsts = totals
-        dx = layer.dx(dz, w).astype(inputs.x.dtype) if moving.x else None
+        dx = layer.dx_of_few(dz, w).astype(inputs.x.dtype) if moving.x else None
         dw = layer.add_dw(dw, x, dz) if moving.w else None
         dbias = dbias + dz.sum(range(len(apart), dz.ndim - 1)) if moving.bias else None
         dconsts = jax.tree.map(jnp.add, dconsts, block_dconsts)
