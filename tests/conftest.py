@@ -3,6 +3,8 @@
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# With a thread per core, devices that wait for each other can leave none to run the last one: XLA then aborts.
+os.environ.setdefault("NPROC", "16")
 
 import jax
 import pytest
