@@ -225,8 +225,6 @@ def test_vmap_is_the_batched_loss(in_axes):
 
 # ------------------------------------------------------------------------------ large logits on one CPU, in row blocks
 
-BF16_LOOPS = jax.__version_info__ >= (0, 11)  # before, XLA casts bfloat16 arrays to float32 as a whole in any loop
-
 
 def dense_gradient(logits, targets):
     return jax.value_and_grad(lambda z: jaxce.softmax_cross_entropy(z, targets).mean())(logits)
@@ -274,7 +272,7 @@ def test_large_logits_leave_no_temporary(name, donated, one_device):
     Of float32 logits and labels the exponentials are made too, and then scaled in place.
     """
     _, shape, dtype, limit = LARGE_CASES[name]
-    if dtype == "bfloat16" and not BF16_LOOPS:
+    if dtype == "bfloat16" and not oracle.BF16_LOOPS:
         pytest.skip("XLA's own float32 copy")
     compiled = compiled_case(name, donated)
     memory, text = compiled.memory_analysis(), compiled.as_text()
@@ -306,7 +304,7 @@ def test_large_logits_fault_no_pages_but_the_gradients(name, one_device):
     """What is not seen by the compiler's count of temporaries, as scratch inside of its kernels, is seen here."""
     resource = pytest.importorskip("resource", reason="there are no page faults to count on this platform")
     _, shape, dtype, _ = LARGE_CASES[name]
-    if dtype == "bfloat16" and not BF16_LOOPS:
+    if dtype == "bfloat16" and not oracle.BF16_LOOPS:
         pytest.skip("XLA's own float32 copy")
     run = compiled_case(name)
     targets = jnp.zeros(shape) if "dense" in name else jnp.zeros(shape[:1], jnp.int32)
