@@ -35,6 +35,8 @@ def test_measures_time_memory_and_error_of_every_problem(tmp_path, capsys):
     assert len(ours) == len(TINY) + 1 and not any("failed" in row for row in rows)
     assert all(row["error"] < 2e-6 and row["ms"] > 0 and row["temp MiB"] >= 0 for row in ours)
     assert "jaxce, recompute" in capsys.readouterr().out
+    floors = [row for row in rows if row["contender"].startswith("floor")]
+    assert len(floors) == len(TINY) + 1 and not any("error" in row for row in floors)
 
 
 def test_json_keeps_other_problems(tmp_path):

@@ -1,9 +1,9 @@
 """Every function of jaxce against every installed peer, interleaved in one process.
 
 For each problem: the median time and its spread, its ratio to the best peer and to the floor (three bare matmuls, or
-one pass over the logits), temp memory and minor page faults (each is 4 KiB of memory that was not there before), the
-time of compilation and of the first call, and the error against float64. A peer that is wrong is marked so and is not
-compared with.
+one pass over the logits; beside it "floor by blocks", the matmuls by the blocks that jaxce uses), temp memory and minor
+page faults (each is 4 KiB of memory that was not there before), the time of compilation and of the first call, and the
+error against float64. A peer that is wrong is marked so and is not compared with.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def measure(problem: Problem, repeats: int, skipped: list[str], progress) -> lis
             contender = compile_one()
             row |= {"compile s": contender.compile_seconds, "temp MiB": contender.temp_mib}
             out, row["first call ms"], _ = once(contender)
-            if name != "floor":
+            if not is_floor(row):
                 row["error"] = problems.error(truth, *contender.result(out))
                 row["wrong"] = not row["error"] <= TOLERANCE[problem.dtype]
             running[name] = (contender, row, [], [])
@@ -68,6 +68,10 @@ def measure(problem: Problem, repeats: int, skipped: list[str], progress) -> lis
     return compared(rows)
 
 
+def is_floor(row: dict[str, Any]) -> bool:
+    return row["contender"].startswith("floor")
+
+
 def once(contender: Contender) -> tuple[Any, float, int]:
     """The result of one run, its milliseconds and its minor page faults."""
     arguments = contender.prepare()
@@ -81,7 +85,7 @@ def once(contender: Contender) -> tuple[Any, float, int]:
 def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     floor = next((row["ms"] for row in rows if row["contender"] == "floor" and "ms" in row), None)
     optax = next((row["ms"] for row in rows if row["contender"] == "optax" and "ms" in row), None)
-    peers = [r for r in rows if "ms" in r and r["contender"] != "floor" and not r["contender"].startswith("jaxce")]
+    peers = [r for r in rows if "ms" in r and not is_floor(r) and not r["contender"].startswith("jaxce")]
     best = min((row["ms"] for row in peers if not row["wrong"]), default=None)
     for row in rows:
         if "ms" in row:
