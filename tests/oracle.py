@@ -23,7 +23,8 @@ TOLERANCE = {
     jnp.dtype("float16"): 1.01 * 2.0**-11,
 }
 
-BF16_LOOPS = jax.__version_info__ >= (0, 11)  # before, XLA casts bfloat16 arrays to float32 as a whole in any loop
+BF16_LOOPS = jax.__version_info__ >= (0, 11)
+NO_BF16_LOOPS = "before jax 0.11, XLA on CPU casts bfloat16 arrays to float32 as a whole in any loop"
 
 
 class Truth(NamedTuple):

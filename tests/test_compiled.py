@@ -273,7 +273,7 @@ def test_large_logits_leave_no_temporary(name, donated, one_device):
     """
     _, shape, dtype, limit = LARGE_CASES[name]
     if dtype == "bfloat16" and not oracle.BF16_LOOPS:
-        pytest.skip("XLA's own float32 copy")
+        pytest.skip(oracle.NO_BF16_LOOPS)
     compiled = compiled_case(name, donated)
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None
@@ -305,7 +305,7 @@ def test_large_logits_fault_no_pages_but_the_gradients(name, one_device):
     resource = pytest.importorskip("resource", reason="there are no page faults to count on this platform")
     _, shape, dtype, _ = LARGE_CASES[name]
     if dtype == "bfloat16" and not oracle.BF16_LOOPS:
-        pytest.skip("XLA's own float32 copy")
+        pytest.skip(oracle.NO_BF16_LOOPS)
     run = compiled_case(name)
     targets = jnp.zeros(shape) if "dense" in name else jnp.zeros(shape[:1], jnp.int32)
     arguments = jnp.zeros(shape, dtype), targets

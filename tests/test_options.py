@@ -287,11 +287,7 @@ GIVEN = {
 }
 
 
-GIVEN_CASES = [
-    pytest.param(name, wide, "strict", marks=() if wide == (i % 2 == 1) else pytest.mark.slow)
-    for i, name in enumerate(GIVEN)
-    for wide in (False, True)
-]
+GIVEN_CASES = [(name, wide, "strict") for name in GIVEN for wide in (False, True)]
 GIVEN_CASES += [("np.float64", True, "standard"), ("jax bfloat16", False, "standard")]
 
 

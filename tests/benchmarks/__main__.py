@@ -1,9 +1,9 @@
 """Every function of jaxce against every installed peer, interleaved in one process.
 
 For each problem: the median time and its spread, its ratio to the best peer and to the floor (three bare matmuls, or
-one pass over the logits; beside it "floor by blocks", the matmuls by the blocks that jaxce uses), temp memory and minor
-page faults (each is 4 KiB of memory that was not there before), the time of compilation and of the first call, and the
-error against float64. A peer that is wrong is marked so and is not compared with.
+one pass over the logits; beside it "floor by blocks", the matmuls by the blocks of rows of `fused_linear`), temp memory
+and minor page faults (each is 4 KiB of memory that was not there before), the time of compilation and of the first
+call, and the error against float64. A peer that is wrong is marked so and is not compared with.
 """
 
 import argparse
