@@ -32,37 +32,49 @@ def rows_per_block(logits: Array) -> int | None:
     return size if size < rows else None
 
 
-def in_row_blocks(f: Callable[[Any], Any], logits: Array, args: Any) -> Any:
+def in_row_blocks(f: Callable[[Any], Any], logits: Array, args: Any, first: Callable[[Any], Any] | None = None) -> Any:
     """`f(args)`, which is arrays of one number for each row of `logits` [..., K]; `f` may see blocks of rows only.
 
     An array in `args` has the leading axes of `logits`, or is shared by all rows and has leading axes of size 1.
+    `first`, if given, makes those numbers from one pass over a block, and says for which rows they are good (bool, per
+    row): `f` sees the blocks where not all are.
     """
     lead, size = logits.shape[:-1], rows_per_block(logits)
     ones = (1,) * len(lead)
     if size is None or any(a.shape[: len(lead)] not in (lead, ones, ()) for a in jax.tree.leaves(args)):
         return f(args)
-    return _in_row_blocks(f, lead, size, args)
+    return _in_row_blocks(f, first, lead, size, args)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # for calls outside jit, which would compile the loop anew
-def _in_row_blocks(f, lead, size, args):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))  # for calls outside jit, which would compile the loop anew
+def _in_row_blocks(f, first, lead, size, args):
     rows = math.prod(lead)
     blocks = -(-rows // size)
 
+    def part(a, i):
+        if a.shape[: len(lead)] != lead:
+            return a.reshape(1, *a.shape[len(lead) :]) if a.ndim else a
+        # The last block begins earlier (a slice is moved to be inside the array) and repeats some rows.
+        return lax.dynamic_slice_in_dim(a.reshape(rows, *a.shape[len(lead) :]), i * size, size)
+
+    def by_f(args, i):
+        # The block is copied, into cache. Without the barrier XLA casts all logits to float32 outside of the loop.
+        return f(lax.optimization_barrier(jax.tree.map(lambda a: part(a, i), args)))
+
+    def by_first(args, i):
+        # The block is not copied: its slice is part of the one pass.
+        whole, j = args, i
+        numbers, good = first(jax.tree.map(lambda a: part(a, j), whole))
+        # A loop of one step at most, not a cond: under vmap a cond would be both of its branches, always. Its step
+        # reads the index that it changes, or XLA would find that it is always the same and take it out of the loop.
+        start = numbers, jnp.where(good.all(), blocks, i)
+        return lax.while_loop(lambda s: s[1] < blocks, lambda s: (by_f(args, s[1]), s[1] + blocks), start)[0]
+
     def blocked(args):
-        def block(i):
-            def part(a):
-                if a.shape[: len(lead)] != lead:
-                    return a.reshape(1, *a.shape[len(lead) :]) if a.ndim else a
-                # The last block begins earlier (a slice is moved to be inside the array) and repeats some rows.
-                return lax.dynamic_slice_in_dim(a.reshape(rows, *a.shape[len(lead) :]), i * size, size)
-
-            # Without the barrier XLA casts all logits to float32 outside of the loop.
-            return f(lax.optimization_barrier(jax.tree.map(part, args)))
-
         def join(a):  # [blocks, size]
             return jnp.concatenate([a[:-1].ravel(), a[-1, blocks * size - rows :]]).reshape(lead)
 
+        block = functools.partial(by_f if first is None else by_first, args)
         return jax.tree.map(join, lax.map(block, jnp.arange(blocks, dtype=jnp.int32)))
 
     # On GPU and TPU XLA fuses all this without buffers.

@@ -61,7 +61,7 @@ class RowStatistics(NamedTuple):
 
     label_loss: Any  # −log o_y
     target_loss: Any  # −Σ_j t_j log o_j for the dense targets
-    shift: Array  # m = max z
+    shift: Array  # m: max z, or the label's logit (`_about_label`)
     log_sum: Array  # L, so that the log-normalizer is m + L
     entropy: Any  # −Σ_j o_j log o_j
     correct: Any  # 1.0 where the label is the arg max (the first, among equals), else 0.0; not differentiated
@@ -95,10 +95,12 @@ def _rule(axis_name: str | None, with_entropy: bool, differentiated: bool = Fals
 
     @jax.custom_vjp
     def rule(values, selection):
-        whole = differentiated and not with_entropy and _keeps_exponentials(values, selection)
+        label_alone = not (with_entropy or selection.labels is None or _has_targets(values))
+        whole = differentiated and label_alone and _keeps_exponentials(values, selection)
         if whole or axis_name is not None:
             return forward_pass((values, selection))
-        return in_row_blocks(forward_pass, values.logits, (values, selection))
+        first = _about_label if label_alone else None
+        return in_row_blocks(forward_pass, values.logits, (values, selection), first)
 
     def forward(values, selection):
         # The outputs come from a function that carries the rule, so that a derivative of these residuals, at second
@@ -149,6 +151,19 @@ def _forward(values: Values, selection: Selection, axis_name, with_entropy) -> R
     return RowStatistics(label_loss, target_loss, m, log_sum, entropy, correct)
 
 
+def _about_label(arguments) -> tuple[RowStatistics, Array]:
+    """The statistics where there is but a label, from one pass, and for which rows they are good: no maximum is taken.
+
+    Shifted by the label's own logit, the exponentials of the others give L = log1p(Σ_{j≠y} exp(z_j − z_y)), and that
+    is the loss. They overflow where it is above 88, and before that rounding z_j − z_y costs digits of o: 1e-6 at 32.
+    """
+    values, selection = arguments
+    # The barrier has this computed once per row, not for each class.
+    label = lax.optimization_barrier(_label_of(selection.labels, values, selection))
+    loss = _log_sum(_prepare(values, selection)[0], label.logit, label, None)
+    return RowStatistics(loss, None, label.logit, loss, None, None), (loss < 32) | jnp.isnan(label.logit)
+
+
 def _log_sum(z: Array, m: Array, label: "_Label | None", axis_name) -> Array:
     """L = log Σ_j exp(z_j − m), as log1p of the sum without one of its terms exp(m − m) = 1."""
     shifted = z - m[..., None]
@@ -170,7 +185,7 @@ def _backward(
     """∂/∂z = A·o − g_y·onehot(y) − g_t·t, with A = g_y + g_t·a + g_lse, and its like for the other values.
 
     At one class c, where o may be near 1, this is g_y·q + g_t·(a·q + (a − t)) + g_lse·o with q = o_c − 1 = expm1(log
-    o_c): nothing cancels. The derivative of lse = m + L is shared out in the same spirit: where c is the largest,
+    o_c): nothing cancels. The derivative of lse = m + L is shared out in the same spirit: where m is z_c,
     ∂m = onehot(c) and ∂L = o − onehot(c), so that second derivatives, which come by way of m and L, keep their digits
     too; elsewhere ∂m = 0 and ∂L = o.
     """
@@ -244,7 +259,7 @@ def _prepare(values: Values, selection: Selection) -> tuple[Array, Array | None]
     if where is not None:
         z = jnp.where(where if keep is None else where | ~keep, z, -jnp.inf)
 
-    if values.targets is None and values.target_floor is None:
+    if not _has_targets(values):
         return z, None
     t = jnp.zeros((), z.dtype)
     if values.targets is not None:
@@ -261,15 +276,22 @@ def _prepare(values: Values, selection: Selection) -> tuple[Array, Array | None]
     return z, jnp.where(jnp.isnan(z), t, t)
 
 
+def _has_targets(values: Values) -> bool:
+    return values.targets is not None or values.target_floor is not None
+
+
 def _only_casts(values: Values, selection: Selection) -> bool:
     """Whether that is all that `_prepare` does to the logits."""
     return values.logit_cap is None and selection.where is None and selection.keep is None
 
 
 def _keeps_exponentials(values: Values, selection: Selection) -> bool:
-    """Whether XLA makes the gradient, in place, of the very exponentials that the forward pass summed: all at once."""
+    """Whether XLA is to make the gradient, in place, of the very exponentials that the forward pass summed.
+
+    Where classes are few it is: their rows are short vectors, and exponentials twice cost more than passes over memory.
+    """
     without_cast = values.logits.dtype == statistics_dtype(values.logits) and _only_casts(values, selection)
-    return without_cast and values.targets is None and values.target_floor is None
+    return without_cast and values.logits.shape[-1] < 128
 
 
 @jax.custom_jvp
@@ -324,13 +346,20 @@ def _label_logit(values: Values, selection: Selection, m: Array) -> tuple[Values
     late. And before anything else, behind a barrier: reading it late would keep the logits alive, and exp could not
     overwrite them. It is gathered before it is cast: a cast copy of all logits would be made for the gather (on TPU).
     """
-    labels = selection.labels
-    if labels is None:
+    if selection.labels is None:
         return values, None
     late = lax.optimization_barrier((values.logits, m))[0]
+    label = _label_of(selection.labels, values._replace(logits=late), selection)
+    if values.logit_cap is None:  # capped, the exponentials do not depend on it, or a CPU would cap the logits twice
+        logits, logit = lax.optimization_barrier((late, label.logit))
+        return values._replace(logits=logits), label._replace(logit=logit)
+    return values, label
+
+
+def _label_of(labels: Array, values: Values, selection: Selection) -> _Label:
     owned = (labels >= 0) & (labels < values.logits.shape[-1])
     index = jnp.where(owned, labels, 0)[..., None]
-    picked = Values(jnp.take_along_axis(late, index, -1, mode="promise_in_bounds"), logit_cap=values.logit_cap)
+    picked = Values(jnp.take_along_axis(values.logits, index, -1, mode="promise_in_bounds"), logit_cap=values.logit_cap)
     invalid = labels == INVALID_LABEL
     shown = None
     if selection.where is not None:
@@ -338,11 +367,7 @@ def _label_logit(values: Values, selection: Selection, m: Array) -> tuple[Values
         hidden = owned & ~shown[..., 0]
         invalid = invalid | (hidden if selection.keep is None else hidden & selection.keep)
     logit = _prepare(picked, Selection(where=shown, keep=selection.keep))[0][..., 0]
-    logit = jnp.where(invalid, jnp.nan, jnp.where(owned, logit, 0))
-    if values.logit_cap is None:  # capped, the exponentials do not depend on it, or a CPU would cap the logits twice
-        logits, logit = lax.optimization_barrier((late, logit))
-        values = values._replace(logits=logits)
-    return values, _Label(labels, logit, owned | invalid)
+    return _Label(labels, jnp.where(invalid, jnp.nan, jnp.where(owned, logit, 0)), owned | invalid)
 
 
 def _after(values: Values, *statistics: Array) -> Values:

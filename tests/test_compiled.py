@@ -236,7 +236,8 @@ def smoothed(logits, labels):
 
 # What is computed, the shape and dtype of the logits, the most temp memory in MiB.
 LARGE_CASES = {
-    "gradient": (gradient_of(integer_loss), LARGE, "float32", 8),
+    # One block of exponentials; two, if XLA took the second pass, which few rows need, out of the loop that skips it.
+    "gradient": (gradient_of(integer_loss), LARGE, "float32", 5),
     "gradient, bf16": (gradient_of(integer_loss), LARGE, "bfloat16", 8),
     "gradient, bf16, more": (gradient_of(integer_loss), (8192, 32000), "bfloat16", 16),
     "gradient of dense targets": (dense_gradient, LARGE, "float32", 16),
@@ -267,10 +268,7 @@ def compiled_case(name, donated=False):
     [(name, donated) for name in LARGE_CASES for donated in (False, True) if "gradient" in name or not donated],
 )
 def test_large_logits_leave_no_temporary(name, donated, one_device):
-    """The gradient is made where the logits were, if these are donated, and is all that is made of their size.
-
-    Of float32 logits and labels the exponentials are made too, and then scaled in place.
-    """
+    """The gradient is made where the logits were, if these are donated, and is all that is made of their size."""
     _, shape, dtype, limit = LARGE_CASES[name]
     if dtype == "bfloat16" and not oracle.BF16_LOOPS:
         pytest.skip(oracle.NO_BF16_LOOPS)
@@ -279,8 +277,7 @@ def test_large_logits_leave_no_temporary(name, donated, one_device):
     assert memory is not None and text is not None
     assert memory.temp_size_in_bytes <= limit * MIB, f"{memory.temp_size_in_bytes / MIB:.1f} MiB"
     made = large_buffers(text, shape[0] * shape[1])
-    assert len(made) >= ("gradient" in name)
-    assert len(made) <= (2 if name == "gradient" else 1 if "gradient" in name else 0), made
+    assert len(made) == ("gradient" in name), made
 
 
 def large_buffers(text: str, size: int) -> list[str]:
