@@ -57,14 +57,15 @@ def _in_row_blocks(f, first, lead, size, args):
         # The last block begins earlier (a slice is moved to be inside the array) and repeats some rows.
         return lax.dynamic_slice_in_dim(a.reshape(rows, *a.shape[len(lead) :]), i * size, size)
 
+    def block(args, i):
+        return jax.tree.map(lambda a: part(a, i), args)
+
     def by_f(args, i):
-        # The block is copied, into cache. Without the barrier XLA casts all logits to float32 outside of the loop.
-        return f(lax.optimization_barrier(jax.tree.map(lambda a: part(a, i), args)))
+        # The barrier has the block copied, into cache. Without it XLA casts all logits to float32 outside of the loop.
+        return f(lax.optimization_barrier(block(args, i)))
 
     def by_first(args, i):
-        # The block is not copied: its slice is part of the one pass.
-        whole, j = args, i
-        numbers, good = first(jax.tree.map(lambda a: part(a, j), whole))
+        numbers, good = first(block(args, i))  # in one pass, there is nothing to copy for
         # A loop of one step at most, not a cond: under vmap a cond would be both of its branches, always. Its step
         # reads the index that it changes, or XLA would find that it is always the same and take it out of the loop.
         start = numbers, jnp.where(good.all(), blocks, i)
@@ -74,8 +75,8 @@ def _in_row_blocks(f, first, lead, size, args):
         def join(a):  # [blocks, size]
             return jnp.concatenate([a[:-1].ravel(), a[-1, blocks * size - rows :]]).reshape(lead)
 
-        block = functools.partial(by_f if first is None else by_first, args)
-        return jax.tree.map(join, lax.map(block, jnp.arange(blocks, dtype=jnp.int32)))
+        numbers = functools.partial(by_f if first is None else by_first, args)
+        return jax.tree.map(join, lax.map(numbers, jnp.arange(blocks, dtype=jnp.int32)))
 
     # On GPU and TPU XLA fuses all this without buffers.
     return lax.platform_dependent(args, cpu=blocked, default=f)
