@@ -289,9 +289,10 @@ def _keeps_exponentials(values: Values, selection: Selection) -> bool:
     """Whether XLA is to make the gradient, in place, of the very exponentials that the forward pass summed.
 
     Where classes are few it is: their rows are short vectors, and exponentials twice cost more than passes over memory.
+    So it is on jax 0.10, where logits that a loop has read are not overwritten with their gradient.
     """
     without_cast = values.logits.dtype == statistics_dtype(values.logits) and _only_casts(values, selection)
-    return without_cast and values.logits.shape[-1] < 128
+    return without_cast and (values.logits.shape[-1] < 128 or jax.__version_info__[:2] == (0, 10))
 
 
 @jax.custom_jvp

@@ -268,7 +268,10 @@ def compiled_case(name, donated=False):
     [(name, donated) for name in LARGE_CASES for donated in (False, True) if "gradient" in name or not donated],
 )
 def test_large_logits_leave_no_temporary(name, donated, one_device):
-    """The gradient is made where the logits were, if these are donated, and is all that is made of their size."""
+    """The gradient is made where the logits were, if these are donated, and is all that is made of their size.
+
+    On jax 0.10, of float32 logits and labels, the exponentials are made too, and then scaled in place.
+    """
     _, shape, dtype, limit = LARGE_CASES[name]
     if dtype == "bfloat16" and not oracle.BF16_LOOPS:
         pytest.skip(oracle.NO_BF16_LOOPS)
@@ -277,7 +280,8 @@ def test_large_logits_leave_no_temporary(name, donated, one_device):
     assert memory is not None and text is not None
     assert memory.temp_size_in_bytes <= limit * MIB, f"{memory.temp_size_in_bytes / MIB:.1f} MiB"
     made = large_buffers(text, shape[0] * shape[1])
-    assert len(made) == ("gradient" in name), made
+    scaled = name == "gradient" and jax.__version_info__[:2] == (0, 10)
+    assert len(made) == ("gradient" in name) + scaled, made
 
 
 def large_buffers(text: str, size: int) -> list[str]:
