@@ -1,149 +1,56 @@
-"""The arguments of the losses, checked and brought into one form: classes last, labels local, options as arrays."""
+"""Logits, masks and labels as the losses take them, brought into one form: the classes last, flattened to one axis."""
 
 import math
-from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
-from . import _checks
-from ._sharding import in_auto
-from ._softmax import INVALID_LABEL, statistics_dtype, total
+from . import _checks, _labels
+from ._options import Selection
+from ._sharding import ClassShards
 
 
-class Rows(NamedTuple):
-    """Logits with the classes last, and what is masked of them."""
-
-    logits: Array  # [..., K]
-    where: Array | None  # class mask, broadcast against the logits
-    keep: Array | None  # [...] rows that count
-    visible: Array | None  # both, broadcast against the logits
-    class_count: Array | int  # classes of each row that are not masked, on all shards
-
-    @classmethod
-    def of(
-        cls,
-        function: str,
-        logits: Array,
-        axes: tuple[int, ...],
-        where: ArrayLike | None,
-        axis_name,
-    ) -> "Rows":
-        shape = logits.shape
-        logits = classes_last(logits, axes, shape)
-        classes = logits.shape[-1] * (1 if axis_name is None else lax.axis_size(axis_name))
-        if where is None:
-            return cls(logits, None, None, None, classes)
-        mask = _checks.mask(function, where, shape, axes)
-        if mask.ndim < len(shape):
-            mask = jnp.expand_dims(mask, axes)
-        mask = mask if all(mask.shape[a] == 1 for a in axes) else _broadcast_classes(mask, axes, shape)
-        mask = classes_last(mask, axes, mask.shape)
-        keep = total(mask.any(-1).astype(jnp.int32), axis_name) > 0
-        keep = jnp.broadcast_to(keep, logits.shape[:-1])
-        if mask.shape[-1] < logits.shape[-1]:  # a mask of rows
-            return cls(logits, None, keep, keep[..., None], classes)
-        # Counted apart, and only where smoothing wants it: on CPU the sum makes integers of the whole mask.
-        shown = total(mask.sum(-1, keepdims=True), axis_name)
-        return cls(logits, mask, keep, mask, jnp.maximum(shown, 1))
-
-    def without(self, ignored: Array) -> "Rows":
-        keep = ~ignored if self.keep is None else self.keep & ~ignored
-        return self._replace(
-            keep=keep,
-            visible=keep[..., None] if self.where is None else self.where & keep[..., None],
-        )
+def with_masks(
+    function: str, logits: Array, axes: tuple[int, ...], where: ArrayLike | None, axis_name: str | None
+) -> tuple[Array, Selection, ClassShards]:
+    """Logits [..., K], their class mask and row mask, and how their classes are split."""
+    shape = logits.shape
+    logits = classes_last(logits, axes, shape)
+    shards = ClassShards(logits.shape[-1], axis_name)
+    if where is None:
+        return logits, Selection(), shards
+    mask = _checks.mask(function, where, shape, axes)
+    if mask.ndim < len(shape):
+        mask = jnp.expand_dims(mask, axes)
+    mask = mask if all(mask.shape[a] == 1 for a in axes) else _broadcast_classes(mask, axes, shape)
+    mask = classes_last(mask, axes, mask.shape)
+    # A row without any class does not count.
+    row_mask = jnp.broadcast_to(shards.total(mask.any(-1).astype(jnp.int32)) > 0, logits.shape[:-1])
+    class_mask = mask if mask.shape[-1] == shards.local else None
+    return logits, Selection(None, class_mask, row_mask), shards
 
 
-class Options(NamedTuple):
-    """The options as arrays of the statistics' dtype; `None`: not used."""
-
-    dtype: Any
-    label_smoothing: Array | None
-    class_weights: Array | None  # [1, ..., 1, K]
-    logit_cap: Array | None
-    z_loss: Array | None
-
-    @classmethod
-    def of(
-        cls,
-        function: str,
-        logits: Array | jax.ShapeDtypeStruct,
-        targets: Array | None,
-        label_smoothing: ArrayLike = 0.0,
-        class_weights: ArrayLike | None = None,
-        logit_cap: ArrayLike | None = None,
-        z_loss: ArrayLike = 0.0,
-        axis_name: str | None = None,
-    ) -> "Options":
-        dtype = statistics_dtype(logits, targets)
-        smoothing = cap = penalty = weights = None
-        if not _is_zero(label_smoothing):
-            smoothing = _checks.scalar(function, "label_smoothing", label_smoothing, dtype, 0, 1)
-        if class_weights is not None:
-            weights = _checks.real(function, "class_weights", class_weights).astype(dtype)
-            per = "one weight for each class" + ("" if axis_name is None else " of this shard")
-            _checks.shape(function, "class_weights", weights, logits.shape[-1:], per)
-            weights = jnp.expand_dims(weights, range(logits.ndim - 1))
-        if logit_cap is not None:
-            cap = _checks.scalar(function, "logit_cap", logit_cap, dtype, 0, math.inf, open_interval=True)
-        if not _is_zero(z_loss):
-            penalty = _checks.scalar(function, "z_loss", z_loss, dtype, 0, math.inf)
-        return cls(dtype, smoothing, weights, cap, penalty)
-
-
-def labelled_rows(function, logits, labels, axis, where, ignore_index, axis_name) -> tuple[Rows, Array]:
-    """The rows, and for each its label as `Selection.labels` has it."""
-    logits = _checks.floating(function, "logits", logits)
-    labels = _checks.integer(function, "labels", labels)
-    axes = _checks.class_axes(function, axis, logits.shape)
-    row_shape = tuple(n for i, n in enumerate(logits.shape) if i - logits.ndim not in axes)
-    batch = _checks.label_shape(function, labels.shape, row_shape)
-    rows = Rows.of(function, logits, axes, where, axis_name)
-    local_classes = rows.logits.shape[-1]
-    if batch != row_shape:
-        rows = rows._replace(
-            logits=jnp.broadcast_to(rows.logits, (*batch, local_classes)),
-            keep=None if rows.keep is None else jnp.broadcast_to(rows.keep, batch),
-        )
-
-    labels = jnp.broadcast_to(labels, batch)
+def labelled_rows(
+    function: str, logits: ArrayLike, labels: ArrayLike, axis, where, ignore_index, axis_name
+) -> tuple[Array, Selection, ClassShards]:
+    """`with_masks`, with the labels, which rows to ignore are masked by."""
+    z = _checks.floating(function, "logits", logits)
+    y = _checks.integer(function, "labels", labels)
+    axes = _checks.class_axes(function, axis, z.shape)
+    rows = tuple(n for i, n in enumerate(z.shape) if i - z.ndim not in axes)
+    batch = _checks.label_shape(function, y.shape, rows)
+    z, selection, shards = with_masks(function, z, axes, where, axis_name)
+    row_mask = selection.row_mask
+    if batch != rows:
+        z = jnp.broadcast_to(z, (*batch, shards.local))
+        row_mask = None if row_mask is None else jnp.broadcast_to(row_mask, batch)
+    y = jnp.broadcast_to(y, batch)
     if ignore_index is not None:
-        rows = rows.without(ignored(function, labels, ignore_index))
-    return rows, local_labels(labels, rows.keep, local_classes, axis_name)
-
-
-def ignored(function: str, labels: Array, ignore_index: ArrayLike) -> Array:
-    labels = signed(labels)
-    return labels == _checks.scalar(function, "ignore_index", ignore_index, labels.dtype)
-
-
-def local_labels(labels: Array, keep: Array | None, local_classes: int, axis_name) -> Array:
-    """Labels as `Selection.labels` has them: int32, counted from this shard's first class; 0 for rows not kept."""
-    labels = signed(labels)
-    first_class, classes = 0, local_classes
-    if axis_name is not None:
-        first_class = local_classes * lax.axis_index(axis_name)
-        classes = local_classes * lax.axis_size(axis_name)
-    valid = (labels >= 0) & (labels < classes)
-    if keep is not None:
-        valid = valid | ~keep
-        labels = jnp.where(keep, labels, 0)
-    labels = labels.astype(jnp.int32) - first_class
-    return jnp.where(valid, labels, INVALID_LABEL)
-
-
-def class_weight_of(labels: Array, keep: Array | None, class_weights: Array, axis_name) -> Array:
-    """0 for rows that do not count: an infinite weight of some class must not be multiplied with their 0 gradient."""
-    owned = (labels >= 0) & (labels < class_weights.size)
-    owned = owned if keep is None else owned & keep
-
-    def look_up(labels, owned, class_weights):
-        return jnp.where(owned, class_weights.ravel()[jnp.where(owned, labels, 0)], 0)
-
-    return total(in_auto(look_up, labels, labels.ndim, labels, owned, class_weights), axis_name)
+        kept = ~_labels.ignored(function, y, ignore_index)
+        row_mask = kept if row_mask is None else row_mask & kept
+    y = _labels.class_ids(y, selection.class_mask, row_mask, shards)
+    return z, Selection(y, selection.class_mask, row_mask), shards
 
 
 def classes_last(array: Array, axes: tuple[int, ...], shape: tuple[int, ...]) -> Array:
@@ -151,28 +58,10 @@ def classes_last(array: Array, axes: tuple[int, ...], shape: tuple[int, ...]) ->
     if axes == (-1,):
         return array
     array = jnp.moveaxis(_broadcast_classes(array, axes, shape), axes, range(-len(axes), 0))
-    return array.reshape(
-        (
-            *array.shape[: array.ndim - len(axes)],
-            math.prod(array.shape[array.ndim - len(axes) :]),
-        )
-    )
+    rows = array.shape[: array.ndim - len(axes)]
+    return array.reshape((*rows, math.prod(array.shape[len(rows) :])))
 
 
 def _broadcast_classes(array: Array, axes: tuple[int, ...], shape: tuple[int, ...]) -> Array:
-    return jnp.broadcast_to(
-        array,
-        tuple(shape[a] if a in axes else array.shape[a] for a in range(-array.ndim, 0)),
-    )
-
-
-def signed(labels: Array) -> Array:
-    """As int32 or int64, what is beyond their range being no class and so left at the largest number."""
-    wanted = jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32
-    if jnp.issubdtype(labels.dtype, jnp.unsignedinteger) and labels.dtype.itemsize >= 4:
-        labels = jnp.minimum(labels, jnp.array(jnp.iinfo(wanted).max, labels.dtype))
-    return labels.astype(wanted)
-
-
-def _is_zero(option: ArrayLike) -> bool:
-    return isinstance(option, int | float) and option == 0
+    wanted = (shape[a] if a in axes else array.shape[a] for a in range(-array.ndim, 0))
+    return jnp.broadcast_to(array, tuple(wanted))

@@ -6,10 +6,11 @@ So the transpose of the backward rule *is* the forward rule, and reverse mode, w
 more, arrives back at the backward rule. One analytic rule serves every mode. In three forms:
 
     with_forward_mode   for a `jax.custom_vjp` function
-    with_pullback       for a loop over blocks, whose backward loop is given
-    with_gradients      for a weighted sum of losses, whose gradients one loop finds together with the losses
+    with_backward       for a loop over blocks, whose backward loop is given
+    with_gradients      for a weighted sum of losses, whose gradients one loop computes together with the losses
 
-Inputs without a tangent are constants of the rule: nothing is spent on their cotangents.
+Inputs that are not perturbed (JAX's word for: that have a tangent) are constants of the rule: nothing is spent on their
+cotangents.
 """
 
 import functools
@@ -19,8 +20,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
+
+from ._sharding import varying_as
 
 
 def with_forward_mode(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,57 +37,100 @@ def with_forward_mode(f: Callable[..., Any]) -> Callable[..., Any]:
     def differentiable(*args):
         return f(*args)
 
-    def jvp(args, rates):
-        f_of_moving, values, _ = of_moving(f, args, _moving(rates))
-        out, pullback = jax.vjp(f_of_moving, values)
+    def jvp(args, tangents):
+        f_of_perturbed, values, _ = of_perturbed(f, args, _perturbed(tangents))
+        out, pullback = jax.vjp(f_of_perturbed, values)
 
-        def push(pullback, rates):
-            (rate,) = jax.linear_transpose(pullback, out)((rates,))
-            return rate
+        def pushforward(pullback, tangents):
+            (tangent,) = jax.linear_transpose(pullback, out)((tangents,))
+            return tangent
 
-        return out, _lean(push)(pullback, _nonzero(rates))
+        return out, _saving_arguments(pushforward)(pullback, _nonzero(tangents))
 
     differentiable.defjvp(jvp, symbolic_zeros=True)
     return functools.wraps(f)(differentiable)
 
 
-def with_pullback(forward: Callable, pull: Callable) -> Callable[[Any], Any]:
-    """inputs ↦ forward(inputs) = (out, aux), differentiated by `pull(inputs, out, g, moving)`: gradients of ⟨g, out⟩.
+def with_backward(forward: Callable, backward: Callable) -> Callable[[Any], Any]:
+    """inputs ↦ forward(inputs) = (out, aux), differentiated by `backward(inputs, out, g, perturbed)`.
 
-    They have the structure of `inputs`, and `None` where `moving`, a pytree of bools, is False. aux is not
-    differentiated. `inputs` and `out` are all that is saved.
+    That returns the gradients of ⟨g, out⟩ in the structure of `inputs`, with `None` where `perturbed`, a pytree of
+    bools, is False. aux is not differentiated. `inputs` and `out` are all that is saved.
     """
 
     @jax.custom_jvp
     def rule(inputs):
         return forward(inputs)
 
-    def jvp(primals, rates):
-        (inputs,), moving = primals, _moving(rates[0])
+    def jvp(primals, tangents):
+        (inputs,), perturbed = primals, _perturbed(tangents[0])
         out, aux = rule(inputs)
 
-        def gradients(inputs, out, g):
-            _, primals, _ = of_moving(forward, (inputs,), moving)
-            return list(map(_summed_like, jax.tree.leaves(pull(inputs, out, g, moving)), primals)), None
+        def pullback(residuals, g):
+            return jax.tree.leaves(backward(*residuals, g, perturbed))
 
-        def push(inputs, out, rates):
-            # jax.linear_transpose would do, but before jax 0.10 it cannot transpose a scan.
-            def pullback(g):
-                return _whole(gradients)(inputs, out, g)[0]
-
-            return jax.vjp(pullback, jax.tree.map(jnp.zeros_like, out))[1](rates)[0]
-
-        return (out, aux), (_lean(push)(inputs, out, _nonzero(rates[0])), _zero_rates(aux))
+        tangent = transposed(pullback, (inputs, out), _nonzero(tangents[0]), out)
+        return (out, aux), (tangent, _zero_tangents(aux))
 
     rule.defjvp(jvp, symbolic_zeros=True)
     return rule
 
 
-def with_gradients(losses_of: Callable, gradients_of: Callable) -> Callable[[Any, Array], Any]:
-    """(inputs, g) ↦ (Σ g·losses, aux), whose tangent is Σ ⟨gradient, rate⟩: reverse mode only scales the gradients.
+def transposed(pullback: Callable, residuals: Any, tangents: list[Array], like: Any) -> Any:
+    """P(tangents), like `like`, for the linear map P whose transpose is `pullback(residuals, g)`, a list like `tangents`.
 
-    `losses_of(inputs)` returns (losses, aux), `gradients_of(inputs, g, moving)` ((losses, gradients), aux), gradients
-    as in `with_pullback`.
+    Reverse mode transposes P, and is to run `pullback` as it is written: JAX's transpose of a transpose turns updates
+    in place into sums, and matmuls of bfloat16 into matmuls of float32. Of all that JAX can transpose, only
+    `lax.custom_linear_solve` takes the transpose from us. So P is the solution of a system: with x = (t, P t),
+
+        [ 1  0] [x1]   [t]
+        [−P  1] [x2] = [0]
+
+    JAX transposes it only if all of the right-hand side is perturbed, or none. `tie` makes it so, for nothing.
+    """
+    everything = jax.tree.leaves((residuals, tangents, like))
+    zeros, tangents = jax.tree.map(lambda a: varying_as(a, *everything), (jax.tree.map(jnp.zeros_like, like), tangents))
+    floating = [a for a in jax.tree.leaves(residuals) if jnp.issubdtype(a.dtype, jnp.inexact)]
+    floating = [varying_as(a, *everything) for a in floating]
+
+    def push(residuals, t):
+        return jax.linear_transpose(functools.partial(pullback, residuals), zeros)(t)[0]
+
+    @_saving_arguments
+    def matvec(residuals, x):
+        t, out = x
+        nothing = _nothing(floating)
+        y = t, jax.tree.map(jnp.subtract, out, push(residuals, t))
+        return jax.tree.map(lambda a: a * (1 + _zeros_of(nothing, a)), y)
+
+    def solve(_, b):
+        t, out = b
+        return t, jax.tree.map(jnp.add, out, push(residuals, t))
+
+    def transpose_solve(_, g):
+        t, out = g
+        return jax.tree.map(jnp.add, t, pullback(residuals, out)), out
+
+    nothing = _nothing(tangents)
+    b = jax.tree.map(lambda a: a + _zeros_of(nothing, a), (tangents, zeros))
+    return jax.tree.map(_summed_like, lax.custom_linear_solve(functools.partial(matvec, residuals), b, solve, transpose_solve)[1], like)
+
+
+def _nothing(arrays: list[Array]) -> Array:
+    """An empty array that depends on all of `arrays`."""
+    return jnp.concatenate([a.ravel()[:0].astype(jnp.float32) for a in arrays])
+
+
+def _zeros_of(nothing: Array, like: Array) -> Array:
+    """Zeros that depend on `nothing`; XLA computes nothing for them."""
+    return lax.pad(nothing.astype(like.dtype), jnp.zeros((), like.dtype), [(0, like.size, 0)]).reshape(like.shape)
+
+
+def with_gradients(losses_of: Callable, gradients_of: Callable) -> Callable[[Any, Array], Any]:
+    """(inputs, g) ↦ (Σ g·losses, aux), whose tangent is Σ ⟨gradient, tangent⟩: reverse mode only scales the gradients.
+
+    `losses_of(inputs)` returns (losses, aux), `gradients_of(inputs, g, perturbed)` ((losses, gradients), aux), with
+    gradients as in `with_backward`.
     """
 
     @jax.custom_jvp
@@ -92,67 +138,67 @@ def with_gradients(losses_of: Callable, gradients_of: Callable) -> Callable[[Any
         losses, aux = losses_of(inputs)
         return jnp.sum(g * losses), aux
 
-    def jvp(primals, rates):
+    def jvp(primals, tangents):
         inputs, g = primals
-        (losses, grads), aux = _whole(functools.partial(gradients_of, moving=_moving(rates[0])))(inputs, g)
+        compute = _opaque(functools.partial(gradients_of, perturbed=_perturbed(tangents[0])))
+        (losses, grads), aux = compute(inputs, g)
         out = jnp.sum(g * losses)
-        gradients = jax.tree.leaves((grads, None if _is_zero(rates[1]) else losses))
-        rate = jnp.zeros_like(out)
-        for gradient, direction in zip(gradients, _nonzero(rates), strict=True):
+        gradients = jax.tree.leaves((grads, None if _is_zero(tangents[1]) else losses))
+        tangent = jnp.zeros_like(out)
+        for gradient, direction in zip(gradients, _nonzero(tangents), strict=True):
             product = jnp.sum(gradient.astype(out.dtype) * direction.astype(out.dtype))
-            rate = rate + _summed_like(product, out)
-        return (out, aux), (rate, _zero_rates(aux))
+            tangent = tangent + _summed_like(product, out)
+        return (out, aux), (tangent, _zero_tangents(aux))
 
     total.defjvp(jvp, symbolic_zeros=True)
     return total
 
 
-def _whole(f):
-    """`f`, which returns (out, aux), for use inside a rule of differentiation.
+def _opaque(f):
+    """`f`, which returns (out, aux), kept opaque to partial evaluation.
 
-    While a rule is evaluated, JAX splits every scan in it into what depends on tangents and what does not, even if
-    nothing does; that drops its checkpoints and moves loop-invariant arrays of the logits' size out of the loop (three
-    times the memory). A custom_jvp function is not split, and says how to be differentiated if it must be.
+    Partial evaluation would drop the scan's checkpoints and hoist logits-sized arrays (3× the memory), even with no
+    tangent inside. JAX does not open a custom_jvp function.
     """
 
     @jax.custom_jvp
-    def whole(*args):
+    def opaque(*args):
         return f(*args)
 
-    def jvp(args, rates):
-        moving = _moving(rates)
+    def jvp(args, tangents):
+        perturbed = _perturbed(tangents)
 
-        def along(args, rates):
-            f_of_moving, values, _ = of_moving(f, args, moving)
-            return jax.jvp(f_of_moving, (values,), (rates,), has_aux=True)
+        def along(args, tangents):
+            f_of_perturbed, values, _ = of_perturbed(f, args, perturbed)
+            return jax.jvp(f_of_perturbed, (values,), (tangents,), has_aux=True)
 
-        out, rate, aux = _lean(along)(args, _nonzero(rates))
-        return (out, aux), (rate, _zero_rates(aux))
+        out, tangent, aux = _saving_arguments(along)(args, _nonzero(tangents))
+        return (out, aux), (tangent, _zero_tangents(aux))
 
-    whole.defjvp(jvp, symbolic_zeros=True)
-    return whole
+    opaque.defjvp(jvp, symbolic_zeros=True)
+    return opaque
 
 
-def of_moving(f: Callable, args: Any, moving: Any) -> tuple[Callable, list, Callable]:
-    """`f` as a function of a list, the leaves of `args` that move; that list; and its way back into a tree like `args`.
+def of_perturbed(f: Callable, args: Any, perturbed: Any) -> tuple[Callable, list, Callable]:
+    """`f` as a function of a list, the perturbed leaves of `args`; that list; its way back into a tree like `args`.
 
-    That tree has `None` for what does not move.
+    That tree has `None` for what is not perturbed.
     """
     leaves, treedef = jax.tree.flatten(args)
-    flags = jax.tree.leaves(moving)
+    flags = jax.tree.leaves(perturbed)
 
     def merged(values, others):
         values = iter(values)
-        return jax.tree.unflatten(treedef, [next(values) if m else a for m, a in zip(flags, others, strict=True)])
+        return jax.tree.unflatten(treedef, [next(values) if p else a for p, a in zip(flags, others, strict=True)])
 
-    values = [a for a, moves in zip(leaves, flags, strict=True) if moves]
+    values = [a for a, p in zip(leaves, flags, strict=True) if p]
     return lambda values: f(*merged(values, leaves)), values, lambda values: merged(values, [None] * len(leaves))
 
 
-def _lean(f):
+def _saving_arguments(f):
     """`f`, linear in some arguments, saving its arguments and nothing else.
 
-    Without the checkpoint the residuals of reverse mode would be the coefficients of the linear map, several arrays of
+    Without the checkpoint the residuals of reverse mode would be the coefficients of the linear map: several arrays of
     the logits' shape.
     """
     return jax.checkpoint(f, prevent_cse=False, policy=jax.checkpoint_policies.nothing_saveable)
@@ -161,27 +207,28 @@ def _lean(f):
 def _summed_like(value: Array, like: Array) -> Array:
     """In `jax.shard_map`: `value`, summed over the mesh axes along which it varies and `like` does not.
 
-    It is the cotangent of `like` if `value` is that of a copy on each shard, so autodiff of the copying finds the sum.
+    If `value` is the cotangent of a copy of `like` on each shard, this is the cotangent of `like`. Autodiff of the
+    copying finds the sum.
     """
-    mixed, pull = jax.vjp(lambda like: like + jnp.zeros_like(value), like.astype(value.dtype))
-    return pull(value + jnp.zeros_like(mixed))[0]
+    mixed, copy_vjp = jax.vjp(lambda like: like + jnp.zeros_like(value), like.astype(value.dtype))
+    return copy_vjp(value + jnp.zeros_like(mixed))[0]
 
 
-def _is_zero(rate) -> bool:
-    # Integers have no tangent either: a float0 array, before jax 0.11.
-    return isinstance(rate, SymbolicZero) or rate.dtype == jax.dtypes.float0
+def _is_zero(tangent) -> bool:
+    # The tangent of an integer is zero too: a float0 array, before jax 0.11.
+    return isinstance(tangent, SymbolicZero) or tangent.dtype == jax.dtypes.float0
 
 
-def _moving(rates):
-    return jax.tree.map(lambda rate: not _is_zero(rate), rates, is_leaf=lambda r: isinstance(r, SymbolicZero))
+def _perturbed(tangents):
+    return jax.tree.map(lambda t: not _is_zero(t), tangents, is_leaf=lambda t: isinstance(t, SymbolicZero))
 
 
-def _nonzero(rates) -> list[Array]:
-    leaves = jax.tree.leaves(rates, is_leaf=lambda r: isinstance(r, SymbolicZero))
-    return [rate for rate in leaves if not _is_zero(rate)]
+def _nonzero(tangents) -> list[Array]:
+    leaves = jax.tree.leaves(tangents, is_leaf=lambda t: isinstance(t, SymbolicZero))
+    return [tangent for tangent in leaves if not _is_zero(tangent)]
 
 
-def _zero_rates(aux):
+def _zero_tangents(aux):
     def zero(a):
         floating = jnp.issubdtype(a.dtype, jnp.inexact)
         return jnp.zeros_like(a) if floating else np.zeros(a.shape, jax.dtypes.float0)

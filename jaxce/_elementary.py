@@ -1,13 +1,50 @@
-"""Elementary functions with the full accuracy of float32 on TPUs too, whose default is faster and coarser.
+"""exp, expm1, log1p and tanh as accurate as the device can, and the logit soft-cap made of them. Arrays only.
 
-On CPUs and GPUs the compiled code is the same. Arrays only.
+XLA for TPUs approximates these functions by default, with relative errors up to about 1e-4: far above what we promise.
+On CPUs and GPUs the compiled code is the same either way.
 """
 
 import functools
 
-from jax import lax
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
 
 exp = functools.partial(lax.exp, accuracy=lax.AccuracyMode.HIGHEST)
 expm1 = functools.partial(lax.expm1, accuracy=lax.AccuracyMode.HIGHEST)
 log1p = functools.partial(lax.log1p, accuracy=lax.AccuracyMode.HIGHEST)
 tanh = functools.partial(lax.tanh, accuracy=lax.AccuracyMode.HIGHEST)
+
+
+@jax.custom_jvp
+def soft_capped(z: Array, cap: Array) -> Array:
+    """cap·tanh(z/cap). With u = z/cap, ∂/∂z = 1/cosh²u and ∂/∂cap = tanh u − u/cosh²u.
+
+    JAX's own derivative of tanh, 1 − tanh², is only rounding error from |u| of about 9 on. This one is exact there.
+    """
+    # `maximum` is a no-op in value. It stops LLVM from fusing cap·tanh with a later − m into an FMA: z − m must be
+    # exactly 0 at the largest logit.
+    return jnp.maximum(cap * _tanh(z / cap), -cap)
+
+
+@soft_capped.defjvp
+def _soft_capped_jvp(primals, tangents):
+    (z, cap), (z_tangent, cap_tangent) = primals, tangents
+    u = jnp.clip(z / cap, -40, 40)  # keeps the derivatives of cosh finite; beyond 40 the slope is below 1e-33
+    slope = jnp.where(jnp.isinf(z), 0, 1 / _cosh(u) ** 2)
+    return soft_capped(z, cap), slope * z_tangent + (_tanh(u) - u * slope) * cap_tangent
+
+
+@jax.custom_jvp
+def _tanh(u: Array) -> Array:
+    return tanh(u)
+
+
+@_tanh.defjvp
+def _tanh_jvp(primals, tangents):
+    (u,), (tangent,) = primals, tangents
+    return _tanh(u), tangent / _cosh(u) ** 2
+
+
+def _cosh(u: Array) -> Array:
+    return (exp(u) + exp(-u)) / 2

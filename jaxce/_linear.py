@@ -19,14 +19,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from . import _checks
-from ._arguments import Options, class_weight_of, ignored, local_labels
-from ._autodiff import with_gradients, with_pullback
-from ._class_blocks import class_blocked_loss
-from ._layer import Layer, varying_as
+from . import _checks, _labels
+from ._autodiff import with_backward, with_gradients
+from ._class_blocks import class_blocked_rows
 from ._losses import softmax_cross_entropy_with_integer_labels
-from ._row_blocks import RowBlocks, row_parts, rows_per_block, sweep_of
-from ._sharding import in_auto
+from ._matmuls import Inputs, Layer
+from ._options import Options, Selection, Values, combined, with_uniform_targets
+from ._row_blocks import RowBlocks, max_rows, row_parts, sweep_of
+from ._sharding import ClassShards, in_auto, varying_as
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -103,9 +103,8 @@ def _fused(loss_fn, reduction, has_aux, class_axis, dtype, block_size, parts=Non
         row_args = jax.tree.map(lambda a: _checks.leading(function, "row_args", jnp.asarray(a), lead), row_args)
         weights, normalizer = _check_weights(function, weights, normalizer, lead, reduction, layer)
 
-        rows = RowBlocks.of(
-            lead, parts or row_parts(x), layer.devices * (block_size or rows_per_block(x.shape[-1], layer.classes))
-        )
+        most = layer.devices * (block_size or max_rows(x.shape[-1], layer.classes))
+        rows = RowBlocks.of(lead, parts or row_parts(x), most)
 
         def blocked(x, w, bias, row_args, weights, normalizer):
             x, row_args = jax.tree.map(rows.split, (x, row_args))
@@ -114,7 +113,7 @@ def _fused(loss_fn, reduction, has_aux, class_axis, dtype, block_size, parts=Non
             row_args = jax.tree.map(lambda a: varying_as(a, x), row_args)
             sweep, inputs = sweep_of(function, layer, loss_fn, has_aux, x, w, bias, row_args)
             if reduction == "none":
-                losses, aux = with_pullback(sweep, lambda inputs, _, g, moving: sweep(inputs, g, moving)[0][1])(inputs)
+                losses, aux = with_backward(sweep, lambda inputs, _, g, moves: sweep(inputs, g, moves)[0][1])(inputs)
                 out = rows.join(losses)
                 out = out if weights is None else weights * out
             else:
@@ -147,7 +146,7 @@ def linear_cross_entropy(
     class_axis: int = -1,
     dtype: DTypeLike | None = None,
     block_size: int | None = None,
-    recompute: bool = False,
+    recompute: bool | None = None,
     axis_name: str | None = None,
 ) -> Array:
     """Softmax cross-entropy of a linear layer's outputs, without their logits: the loss of a language model's head.
@@ -203,77 +202,74 @@ def linear_cross_entropy(
     function = "linear_cross_entropy"
     _check_options(function, reduction, class_axis, dtype, block_size)
     layer, x, w, bias = Layer.of(function, x, w, bias, class_axis, dtype)
-    lead = x.shape[:-1]
     labels = _checks.integer(function, "labels", labels)
-    _checks.shape(function, "labels", labels, lead, "one label for each row of x")
-    weights, normalizer = _check_weights(function, weights, normalizer, lead, reduction, layer)
-    like = jax.ShapeDtypeStruct((1, layer.classes), layer.sums)
-    options = Options.of(function, like, None, label_smoothing, class_weights, logit_cap, z_loss, axis_name=axis_name)
-
-    keep = None
-    if ignore_index is not None:
-        keep = ~ignored(function, labels, ignore_index)
-        x = jnp.where(keep[..., None], x, 0)  # or a NaN there, times a gradient of 0, would reach dw
-        labels = jnp.where(keep, labels, 0)
-    local = local_labels(labels, keep, layer.classes, axis_name)
+    _checks.shape(function, "labels", labels, x.shape[:-1], "one label for each row of x")
+    weights, normalizer = _check_weights(function, weights, normalizer, labels.shape, reduction, layer)
+    given = dict(label_smoothing=label_smoothing, class_weights=class_weights, logit_cap=logit_cap, z_loss=z_loss)
+    shards = ClassShards(layer.classes, axis_name)
+    options = Options.of(function, layer.sum_dtype, x.ndim, shards, given)
+    x, selection = _masked(function, x, labels, ignore_index, shards)
     if reduction == "mean" and normalizer is None:
-        normalizer = jnp.ones(lead, layer.sums) if weights is None else weights
-        if options.class_weights is not None:
-            normalizer = normalizer * class_weight_of(local, keep, options.class_weights, axis_name)
-        normalizer = jnp.sum(normalizer if keep is None else jnp.where(keep, normalizer, 0))
-
-    def by_classes():
-        scale = None if reduction == "none" else _row_scale(reduction, weights, normalizer, lead, layer)
-        loss = _by_classes(layer, x, w, bias, labels, local, keep, scale, options, block_size, axis_name)
-        return loss if scale is not None or weights is None else weights * loss
-
-    def by_rows():
-        given = {
-            "label_smoothing": label_smoothing,
-            "class_weights": class_weights,
-            "logit_cap": logit_cap,
-            "z_loss": z_loss,
-        }
-        fused_options = reduction, False, class_axis, dtype, block_size, row_parts(x)
-        return _by_rows(x, w, bias, labels, keep, weights, normalizer, given, axis_name, fused_options)
-
-    if recompute or reduction == "none":
-        if block_size is not None and block_size % 128:
-            raise _checks.value_error(
-                function, "block_size", block_size, "a multiple of 128, where classes are blocked"
-            )
-        return by_classes()
-    if w.dtype.itemsize < layer.sums.itemsize and block_size is None and layer.devices == 1:
-        # By rows dw would need an accumulator beside it, which on CPU costs about as much as a fourth matmul.
-        return lax.platform_dependent(cpu=by_classes, default=by_rows)
-    return by_rows()
+        normalizer = _mean_divisor(layer, options, weights, selection, shards)
+    narrow = w.dtype.itemsize < layer.sum_dtype.itemsize and layer.devices == 1
+    if reduction == "none" or (narrow if recompute is None else recompute):
+        scale = weights if reduction == "none" else _row_scale(reduction, weights, normalizer, labels.shape, layer)
+        return _by_classes(layer, x, w, bias, selection, scale, reduction, options, block_size, axis_name)
+    if options.class_weights is not None:
+        given["class_weights"] = options.class_weights.ravel()
+    fused_options = reduction, False, class_axis, dtype, block_size, row_parts(x)
+    return _by_rows(x, w, bias, labels, selection.row_mask, weights, normalizer, given, axis_name, fused_options)
 
 
-def _by_classes(layer, x, w, bias, labels, local, keep, scale, options, block_size, axis_name):
-    def loss_of(x, w, bias, labels, local, keep, scale, *arrays):
+def _masked(function, x, labels, ignore_index, shards) -> tuple[Array, Selection]:
+    """Rows to ignore are masked, and their x set to 0: a NaN there, times a gradient of 0, would reach dw."""
+    row_mask = None
+    if ignore_index is not None:
+        row_mask = ~_labels.ignored(function, labels, ignore_index)
+        x = jnp.where(row_mask[..., None], x, 0)
+    return x, Selection(_labels.class_ids(labels, None, row_mask, shards), None, row_mask)
+
+
+def _mean_divisor(layer: Layer, options: Options, weights, selection: Selection, shards: ClassShards) -> Array:
+    divisor = jnp.ones(selection.labels.shape, layer.sum_dtype) if weights is None else weights
+    if options.class_weights is not None:
+        class_weight = _labels.label_weight(selection.labels, options.class_weights, selection.row_mask, shards)
+        divisor = divisor * class_weight
+    return jnp.sum(divisor if selection.row_mask is None else jnp.where(selection.row_mask, divisor, 0))
+
+
+def _by_classes(layer, x, w, bias, selection, scale, reduction, options, block_size, axis_name) -> Array:
+    """Each loss times `scale`, or their sum. The loss is ordinary JAX of the rows' numbers."""
+    shards = ClassShards(layer.classes, axis_name)
+
+    def loss_of(x, w, bias, selection, scale, options):
         # In shard_map varying as the losses do: gradients are then each shard's own, and summed later.
-        varying = Options(options.dtype, *(None if a is None else varying_as(a, x, labels) for a in arrays))
-        return class_blocked_loss(layer, x, w, bias, local, keep, scale, varying, block_size, axis_name)
+        options = jax.tree.map(lambda a: varying_as(a, x, selection.labels), options)
+        others = with_uniform_targets(Values(None, logit_cap=options.logit_cap), options, x.ndim, layer.sum_dtype)
+        row = class_blocked_rows(layer, Inputs(x, w, bias, others), selection, block_size, axis_name)
+        loss = combined(row, options, selection, shards)
+        loss = loss if scale is None else scale * loss
+        return loss if reduction == "none" else jnp.sum(loss)
 
-    axes = labels.ndim if scale is None else 0
-    return in_auto(loss_of, x, axes, x, w, bias, labels, local, keep, scale, *options[1:])
+    axes = selection.labels.ndim if reduction == "none" else 0
+    return in_auto(loss_of, x, axes, x, w, bias, selection, scale, options)
 
 
-def _by_rows(x, w, bias, labels, keep, weights, normalizer, given, axis_name, fused_options):
+def _by_rows(x, w, bias, labels, row_mask, weights, normalizer, given, axis_name, fused_options):
     arrays = {name: option for name, option in given.items() if isinstance(option, Array)}
 
-    def loss_of(x, w, labels, keep, bias, weights, normalizer, arrays):
+    def loss_of(x, w, labels, row_mask, bias, weights, normalizer, arrays):
         # In shard_map varying as the losses do, as fused_linear asks of what a loss closes over.
         arrays = {name: varying_as(option, x, labels) for name, option in arrays.items()}
         loss_fn = functools.partial(_loss_of_block, **given | arrays, axis_name=axis_name)
         loss = _fused(loss_fn, *fused_options)
-        return loss(x, w, labels, keep, bias=bias, weights=weights, normalizer=normalizer)
+        return loss(x, w, labels, row_mask, bias=bias, weights=weights, normalizer=normalizer)
 
-    return in_auto(loss_of, x, 0, x, w, labels, keep, bias, weights, normalizer, arrays)
+    return in_auto(loss_of, x, 0, x, w, labels, row_mask, bias, weights, normalizer, arrays)
 
 
-def _loss_of_block(logits, labels, keep, **options):
-    return softmax_cross_entropy_with_integer_labels(logits, labels, where=keep, **options)
+def _loss_of_block(logits, labels, row_mask, **options):
+    return softmax_cross_entropy_with_integer_labels(logits, labels, where=row_mask, **options)
 
 
 def _check_options(function, reduction, class_axis, dtype, block_size):
@@ -289,18 +285,18 @@ def _check_options(function, reduction, class_axis, dtype, block_size):
 
 def _check_weights(function, weights, normalizer, lead, reduction, layer):
     if weights is not None:
-        weights = _checks.real(function, "weights", weights).astype(layer.sums)
+        weights = _checks.real(function, "weights", weights).astype(layer.sum_dtype)
         _checks.shape(function, "weights", weights, lead, "one weight for each row of x")
     if normalizer is not None:
         if reduction != "mean":
             raise _checks.value_error(function, "normalizer", f"given with reduction={reduction!r}", "it with 'mean'")
-        normalizer = _checks.scalar(function, "normalizer", normalizer, layer.sums)
+        normalizer = _checks.scalar(function, "normalizer", normalizer, layer.sum_dtype)
     return weights, normalizer
 
 
 def _row_scale(reduction, weights, normalizer, lead, layer):
     """g, what each row's loss is multiplied by. Here, not after the sum, so that gradients need no second scaling."""
-    scale = jnp.ones(lead, layer.sums) if weights is None else weights
+    scale = jnp.ones(lead, layer.sum_dtype) if weights is None else weights
     if reduction == "sum":
         return scale
     divisor = scale.sum() if normalizer is None else normalizer

@@ -9,9 +9,11 @@ from jax.experimental import checkify
 from jax.typing import ArrayLike
 
 from . import _checks
-from ._arguments import Options, Rows, class_weight_of, classes_last, ignored, labelled_rows, signed
+from ._arguments import classes_last, labelled_rows, with_masks
+from ._labels import ignored, signed
+from ._options import Options, Values, combined, masked_mean, statistics_dtype, with_uniform_targets
 from ._sharding import in_auto
-from ._softmax import RowStatistics, Selection, Values, row_statistics, total
+from ._softmax import row_statistics
 
 
 def softmax_cross_entropy(
@@ -75,39 +77,22 @@ def softmax_cross_entropy(
     soft-cap: Gemma 2, arXiv:2408.00118.
     """
     function = "softmax_cross_entropy"
-    logits = _checks.floating(function, "logits", logits)
+    z = _checks.floating(function, "logits", logits)
     targets = _checks.real(function, "labels", labels)
-    axes = _checks.class_axes(function, axis, logits.shape)
-    shape = _checks.broadcast_shape(function, "labels", targets.shape, logits.shape, axes)
-    rows = Rows.of(function, jnp.broadcast_to(logits, shape), axes, where, axis_name)
+    axes = _checks.class_axes(function, axis, z.shape)
+    shape = _checks.broadcast_shape(function, "labels", targets.shape, z.shape, axes)
+    z, selection, shards = with_masks(function, jnp.broadcast_to(z, shape), axes, where, axis_name)
     targets = classes_last(targets.reshape((1,) * (len(shape) - targets.ndim) + targets.shape), axes, shape)
-    options = Options.of(
-        function,
-        rows.logits,
-        targets,
-        label_smoothing,
-        class_weights,
-        logit_cap,
-        z_loss,
-        axis_name=axis_name,
-    )
+    given = dict(label_smoothing=label_smoothing, class_weights=class_weights, logit_cap=logit_cap, z_loss=z_loss)
+    dtype = statistics_dtype(z, targets)
+    options = Options.of(function, dtype, z.ndim, shards, given)
 
-    values = Values(
-        rows.logits,
-        targets,
-        class_weights=options.class_weights,
-        logit_cap=options.logit_cap,
-    )
+    values = Values(z, targets, class_weights=options.class_weights, logit_cap=options.logit_cap)
     if options.label_smoothing is not None:
-        shown = jnp.broadcast_to(targets.astype(options.dtype), rows.logits.shape)
-        shown = shown if rows.visible is None else jnp.where(rows.visible, shown, 0)
-        mean = total(shown.sum(-1, keepdims=True), axis_name) / jnp.asarray(rows.class_count, options.dtype)
-        values = values._replace(
-            target_scale=1 - options.label_smoothing,
-            target_floor=options.label_smoothing * mean,
-        )
-    stats = row_statistics(values, Selection(None, rows.where, rows.keep), axis_name=axis_name)
-    return _add_z_loss(stats.target_loss, stats, rows.keep, options.z_loss)
+        floor = options.label_smoothing * masked_mean(targets, selection, z, dtype, shards)
+        values = values._replace(target_scale=1 - options.label_smoothing, target_floor=floor)
+    row, _ = row_statistics(values, selection, shards)
+    return combined(row, options, selection, shards)
 
 
 def softmax_cross_entropy_with_integer_labels(
@@ -173,37 +158,13 @@ def softmax_cross_entropy_with_integer_labels(
     Source: as `softmax_cross_entropy`.
     """
     function = "softmax_cross_entropy_with_integer_labels"
-    rows, labels = labelled_rows(function, logits, labels, axis, where, ignore_index, axis_name)
-    options = Options.of(
-        function,
-        rows.logits,
-        None,
-        label_smoothing,
-        class_weights,
-        logit_cap,
-        z_loss,
-        axis_name=axis_name,
-    )
-
-    values = Values(rows.logits, logit_cap=options.logit_cap)
-    weight = None
-    if options.class_weights is not None:
-        weight = class_weight_of(labels, rows.keep, options.class_weights, axis_name)
-    if options.label_smoothing is not None:
-        weight = 1 - options.label_smoothing if weight is None else (1 - options.label_smoothing) * weight
-        floor = jnp.broadcast_to(
-            options.label_smoothing / jnp.asarray(rows.class_count, options.dtype), (*labels.shape, 1)
-        )
-        values = values._replace(target_floor=floor, class_weights=options.class_weights)
-    stats = row_statistics(values, Selection(labels, rows.where, rows.keep), axis_name=axis_name)
-
-    loss = stats.label_loss
-    if weight is not None:
-        # A label of weight 0 at a logit of −inf: 0·inf is 0 here, as in 0·log 0.
-        loss = weight * jnp.where((weight == 0) & jnp.isposinf(loss), 0, loss)
-    if stats.target_loss is not None:
-        loss = loss + stats.target_loss
-    return _add_z_loss(loss, stats, rows.keep, options.z_loss)
+    z, selection, shards = labelled_rows(function, logits, labels, axis, where, ignore_index, axis_name)
+    given = dict(label_smoothing=label_smoothing, class_weights=class_weights, logit_cap=logit_cap, z_loss=z_loss)
+    dtype = statistics_dtype(z)
+    options = Options.of(function, dtype, z.ndim, shards, given)
+    values = with_uniform_targets(Values(z, logit_cap=options.logit_cap), options, z.ndim, dtype)
+    row, _ = row_statistics(values, selection, shards)
+    return combined(row, options, selection, shards)
 
 
 class LabelStatistics(NamedTuple):
@@ -269,19 +230,14 @@ def label_statistics(
     Source: the derivation in `jaxce._softmax`; ∂H follows from ∂o_j/∂z_i = o_i·(δ_ij − o_j).
     """
     function = "label_statistics"
-    rows, labels = labelled_rows(function, logits, labels, axis, where, ignore_index, axis_name)
-    cap = Options.of(function, rows.logits, None, logit_cap=logit_cap).logit_cap
-    stats = row_statistics(
-        Values(rows.logits, logit_cap=cap),
-        Selection(labels, rows.where, rows.keep),
-        axis_name=axis_name,
-        with_entropy=True,
-    )
-    numbers = (-stats.label_loss, stats.log_normalizer, stats.entropy)
-    if rows.keep is not None:
-        numbers = (jnp.where(rows.keep, n, 0) for n in numbers)
-    correct = stats.correct > 0
-    return LabelStatistics(*numbers, correct if rows.keep is None else correct & rows.keep)
+    z, selection, shards = labelled_rows(function, logits, labels, axis, where, ignore_index, axis_name)
+    options = Options.of(function, statistics_dtype(z), z.ndim, shards, dict(logit_cap=logit_cap))
+    row, correct = row_statistics(Values(z, logit_cap=options.logit_cap), selection, shards, with_entropy=True)
+    numbers, correct = (-row.loss, row.log_normalizer, row.entropy), correct > 0
+    if selection.row_mask is not None:
+        numbers = (jnp.where(selection.row_mask, n, 0) for n in numbers)
+        correct = correct & selection.row_mask
+    return LabelStatistics(*numbers, correct)
 
 
 def check_labels(
@@ -332,9 +288,3 @@ def check_labels(
         checkify.debug_check(valid.all(), message, label=labels.ravel()[row], row=row)
 
     in_auto(check, labels, 0, labels, valid)
-
-
-def _add_z_loss(loss: Array, stats: RowStatistics, keep: Array | None, z_loss: Array | None) -> Array:
-    if z_loss is not None:
-        loss = loss + z_loss * stats.log_normalizer**2
-    return loss if keep is None else jnp.where(keep, loss, 0)

@@ -7,8 +7,8 @@ For a block of B rows x, logits z = x·W + b, a row-wise loss ℓ, and the losse
 `sweep` is this loop. It differentiates ℓ with `jax.vjp` and knows nothing else of it.
 
 Every block reads all of W and updates all of dW, which costs about 19/B of the matmuls' time, so B should not be below
-128; beyond 512 little is gained. In between, B is the largest for which a block's float32 logits fit in 64 MiB and in
-two thirds of what W takes, and is then made smaller to split the rows evenly.
+128. Beyond 512 little is gained. In between, B is the largest for which a block's float32 logits fit in 64 MiB and in
+two thirds of what W takes. It is then made smaller to split the rows evenly.
 """
 
 import functools
@@ -20,12 +20,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from . import _checks
-from ._autodiff import of_moving
-from ._layer import Layer, varying_as
-from ._sharding import gathered, parts_of
+from ._autodiff import of_perturbed
+from ._matmuls import Inputs, Layer
+from ._sharding import gathered, parts_of, varying_as
 
 
-def rows_per_block(features: int, classes: int) -> int:
+def max_rows(features: int, classes: int) -> int:
     return min(512, max(128, min(2**24 // classes, 2 * features // 3)))
 
 
@@ -46,10 +46,10 @@ class RowBlocks(NamedTuple):
     size: int  # B
 
     @classmethod
-    def of(cls, lead: tuple[int, ...], parts: tuple[int, ...], most: int) -> "RowBlocks":
+    def of(cls, lead: tuple[int, ...], parts: tuple[int, ...], max_rows: int) -> "RowBlocks":
         rows = math.prod(lead)
         part_rows = rows // math.prod(parts)
-        blocks = max(1, min(-(-rows // most), part_rows))
+        blocks = max(1, min(-(-rows // max_rows), part_rows))
         return cls(lead, parts, blocks, -(-part_rows // blocks))
 
     @property
@@ -79,16 +79,6 @@ class RowBlocks(NamedTuple):
         return jnp.moveaxis(a, range(axes), range(0, 2 * axes, 2)).reshape(*self.lead, *rest)
 
 
-class Inputs(NamedTuple):
-    """What a sweep can be differentiated with respect to."""
-
-    x: Any  # [n, *parts, B, D]
-    w: Any
-    bias: Any  # [K] or None
-    rows: Any  # row arguments, [n, *parts, B, ...]
-    consts: Any  # list of the arrays that the loss closes over
-
-
 def sweep_of(function: str, layer: Layer, loss_fn, has_aux: bool, x, w, bias, rows) -> tuple[Any, Inputs]:
     """`sweep` of this loss, and the inputs to run it on.
 
@@ -103,7 +93,7 @@ def sweep_of(function: str, layer: Layer, loss_fn, has_aux: bool, x, w, bias, ro
             got = f"{jnp.result_type(losses)}{list(jnp.shape(losses))}"
             raise _checks.value_error(function, "the result of loss_fn", got, f"floating losses of shape ({size},)")
         aux = jax.tree.map(lambda a: _checks.leading(function, "aux of loss_fn", jnp.asarray(a), (size,)), aux)
-        return losses.astype(layer.sums), aux
+        return losses.astype(layer.sum_dtype), aux
 
     def of_one_block(x, w, bias, rows):
         x, rows = jax.tree.map(lambda a: a[first], (x, rows))
@@ -122,79 +112,94 @@ def sweep_of(function: str, layer: Layer, loss_fn, has_aux: bool, x, w, bias, ro
         outs = core.jaxpr_as_fun(closed.replace(consts=consts))(*jax.tree.leaves((logits, rows)))
         return jax.tree.unflatten(treedef, outs)
 
-    return functools.partial(sweep, layer, hoisted), Inputs(x, w, bias, rows, list(map(jnp.asarray, closed.consts)))
+    return functools.partial(sweep, layer, hoisted), Inputs(x, w, bias, (rows, list(map(jnp.asarray, closed.consts))))
 
 
-def sweep(layer: Layer, block_loss, inputs: Inputs, g: Any = None, moving: Any = None):
-    """((losses [n, *parts, B], gradients), aux): the gradients of Σ g·losses, with None for inputs not `moving`.
+def sweep(layer: Layer, block_loss, inputs: Inputs, g: Any = None, perturbed: Any = None):
+    """((losses [n, *parts, B], gradients), aux): the gradients of Σ g·losses, with None for what is not `perturbed`.
 
-    Without g, (losses, aux).
+    Without g, (losses, aux). In `inputs`, x is [n, *parts, B, D], and the others are row arguments
+    [n, *parts, B, ...] and a list of the arrays that the loss closes over.
     """
-    w = gathered(inputs.w.astype(layer.operands), 1 - layer.class_axis)
+    inputs = inputs._replace(w=gathered(inputs.w.astype(layer.operand_dtype), 1 - layer.class_axis))
+    rows, consts = inputs.others
     parts = inputs.x.shape[1:-2]
+    for _ in parts:
+        block_loss = jax.vmap(block_loss, (None, *[0] * (1 + len(rows))))
+    if g is None:
+        return _losses(layer, block_loss, inputs)
+
+    like = _varying_as_losses(layer, block_loss, inputs)
+    _check_constants(consts, perturbed.others[1], like)
     # Where parts may be on different devices each has its own sums, which are added up, and so communicated, once.
     apart = [p for i, p in enumerate(parts) if math.prod(parts[: i + 1]) <= layer.devices]
-
-    like = None if g is None else _varying_as_losses(layer, block_loss, inputs)
-    if g is not None:
-        _check_constants(inputs.consts, moving.consts, like)
-
-    loss_of_block = block_loss
-    for _ in parts:
-        loss_of_block = jax.vmap(loss_of_block, (None, *[0] * (1 + len(inputs.rows))))
-
+    start = _zero_totals(layer, inputs, g, perturbed, apart)
+    block = functools.partial(_block, layer, block_loss, inputs, perturbed, like, len(apart))
     # Where the sweep is itself differentiated, the checkpoint keeps the residuals of a block from being stacked.
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def block(totals, slices):
-        x, rows, g = slices
-        z = layer.logits(x, w, inputs.bias)
-        if g is None:
-            return totals, loss_of_block(inputs.consts, z, *rows)
-        loss, values, to_tree = of_moving(
-            lambda z, rows, consts: loss_of_block(consts, z, *rows),
-            (z, rows, inputs.consts),
-            (True, moving.rows, moving.consts),
-        )
-        losses, pull, aux = jax.vjp(loss, values, has_aux=True)
-        dz, drows, block_dconsts = to_tree(pull(varying_as(g, like))[0])
-        dw, dbias, dconsts = totals
-        dx = layer.dx_of_few(dz, w).astype(inputs.x.dtype) if moving.x else None
-        dw = layer.add_dw(dw, x, dz) if moving.w else None
-        dbias = dbias + dz.sum(range(len(apart), dz.ndim - 1)) if moving.bias else None
-        dconsts = jax.tree.map(jnp.add, dconsts, block_dconsts)
-        return (dw, dbias, dconsts), (losses, aux, dx, drows)
+    totals, out = lax.scan(jax.checkpoint(block, prevent_cse=False), start, (inputs.x, rows, g))
+    (dw, dbias, dconsts), (losses, aux, dx, drows) = totals, out
 
-    if g is None:
-        return lax.scan(block, None, (inputs.x, inputs.rows, None))[1]
+    def added(total, a):  # over the parts
+        return None if total is None else total.sum(range(len(apart))).astype(a.dtype)
+
+    return (losses, Inputs(dx, added(dw, inputs.w), added(dbias, inputs.bias), (drows, dconsts))), aux
+
+
+def _losses(layer: Layer, block_loss, inputs: Inputs):
+    rows, consts = inputs.others
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def block(_, slices):
+        x, rows = slices
+        return None, block_loss(consts, layer.logits(x, inputs.w, inputs.bias), *rows)
+
+    return lax.scan(block, None, (inputs.x, rows))[1]
+
+
+def _zero_totals(layer: Layer, inputs: Inputs, g, perturbed: Inputs, apart: list[int]):
+    """Where dw, dbias and the gradients of what the loss closes over are added up."""
 
     def zeros(a, moves):
-        return varying_as(jnp.zeros((*apart, *a.shape), layer.sums), g, *jax.tree.leaves(inputs)) if moves else None
+        return varying_as(jnp.zeros((*apart, *a.shape), layer.sum_dtype), g, *jax.tree.leaves(inputs)) if moves else None
 
-    def sum_of_parts(total, a):
-        return total.sum(range(len(apart))).astype(a.dtype)
+    _, consts = inputs.others
+    dconsts = jax.tree.map(lambda c, moves: jnp.zeros_like(c) if moves else None, consts, perturbed.others[1])
+    return zeros(inputs.w, perturbed.w), zeros(inputs.bias, perturbed.bias), dconsts
 
-    dconsts = jax.tree.map(lambda c, moves: jnp.zeros_like(c) if moves else None, inputs.consts, moving.consts)
-    totals: Any = zeros(inputs.w, moving.w), zeros(inputs.bias, moving.bias), dconsts
-    (dw, dbias, dconsts), (losses, aux, dx, drows) = lax.scan(block, totals, (inputs.x, inputs.rows, g))
-    dw = sum_of_parts(dw, inputs.w) if moving.w else None
-    dbias = sum_of_parts(dbias, inputs.bias) if moving.bias else None
-    return (losses, Inputs(dx, dw, dbias, drows, dconsts)), aux
+
+def _block(layer: Layer, block_loss, inputs: Inputs, perturbed: Inputs, like: Array, apart: int, totals, slices):
+    """One step: the losses of a block, its dx and row gradients, and what it adds to the totals."""
+    (x, rows, g), (dw, dbias, dconsts) = slices, totals
+    z = layer.logits(x, inputs.w, inputs.bias)
+    loss, values, to_tree = of_perturbed(
+        lambda z, others: block_loss(others[1], z, *others[0]),
+        (z, (rows, inputs.others[1])),
+        (True, perturbed.others),
+    )
+    losses, loss_vjp, aux = jax.vjp(loss, values, has_aux=True)
+    dz, (drows, block_dconsts) = to_tree(loss_vjp(varying_as(g, like))[0])
+    dx = layer.dx_of_few(dz, inputs.w).astype(inputs.x.dtype) if perturbed.x else None
+    dw = layer.add_dw(dw, x, dz) if perturbed.w else None
+    dbias = dbias + dz.sum(range(apart, dz.ndim - 1)) if perturbed.bias else None
+    dconsts = jax.tree.map(jnp.add, dconsts, block_dconsts)
+    return (dw, dbias, dconsts), (losses, aux, dx, drows)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _varying_as_losses(layer: Layer, block_loss, inputs: Inputs) -> Array:
     """A zero that in `jax.shard_map` varies over the mesh axes that the losses vary over; nothing else is computed."""
-    x, rows = jax.tree.map(lambda a: a[(0,) * (inputs.x.ndim - 2)], (inputs.x, inputs.rows))
-    losses, _ = block_loss(inputs.consts, layer.logits(x, inputs.w, inputs.bias), *rows)
-    return varying_as(jnp.zeros((), layer.sums), losses)
+    rows, consts = inputs.others
+    x, rows = jax.tree.map(lambda a: a[0], (inputs.x, rows))
+    losses, _ = block_loss(consts, layer.logits(x, inputs.w, inputs.bias), *rows)
+    return varying_as(jnp.zeros((), layer.sum_dtype), losses)
 
 
-def _check_constants(consts, moving, like) -> None:
-    """In shard_map autodiff sums the gradient of what does not vary over the shards, of all shards' losses.
+def _check_constants(consts, perturbed, like) -> None:
+    """Here shard_map's autodiff would sum a replicated array's gradient over all shards.
 
-    But each shard's part is wanted, as the gradient of that shard's loss.
+    We need each shard's own part, as the gradient of that shard's loss; the sum comes later.
     """
-    for c, moves in zip(consts, moving, strict=True):
+    for c, moves in zip(consts, perturbed, strict=True):
         if moves and jax.typeof(varying_as(c, like)) != jax.typeof(c):
             got = f"closing over {c.dtype}{list(c.shape)}, which is the same on shards whose losses differ"
             wanted = "it as a row argument, or varying as they do (jax.lax.pcast), to be differentiated"

@@ -1,20 +1,68 @@
-"""What block loops must know of sharded arrays, so that XLA keeps each block's work where its data is.
+"""What the losses must know of sharded arrays: how classes are split, and how to keep each block's work where its data is.
 
 Under plain jit XLA decides where every array lives, and a trace sees the mesh of an array, but not which of its axes
 are split over which mesh axes. If an axis is split evenly, though, the number of shards divides both its size and the
 number of devices. So an axis viewed as gcd(size, devices) equal parts, [parts, size/parts], has the parts sharded and
-the rest local, whatever the sharding; blocks that take an equal share of every part then move no data. On an Explicit
+the rest local, whatever the sharding. Blocks that take an equal share of every part then move no data. On an Explicit
 mesh the types tell the number of shards. Without a mesh, and inside `jax.shard_map`, there is one part.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from ._rule import Sums, about
+
+
+class ClassShards(NamedTuple):
+    """The classes of a row: `local` of them here and, with `axis_name`, on each other shard of that mesh axis."""
+
+    local: int
+    axis_name: str | None = None
+
+    @property
+    def classes(self) -> int:
+        return self.local * (1 if self.axis_name is None else lax.axis_size(self.axis_name))
+
+    def first(self) -> Array | int:
+        return 0 if self.axis_name is None else self.local * lax.axis_index(self.axis_name)
+
+    def ids(self) -> Array:
+        """The local classes [local], counted over all shards as labels are."""
+        return self.first() + jnp.arange(self.local, dtype=jnp.int32)
+
+    def total(self, partial_sums: Any) -> Any:
+        return partial_sums if self.axis_name is None else lax.psum(partial_sums, self.axis_name)
+
+    def joined(self, s: Sums) -> Sums:
+        """The `Sums` of all shards. Only numbers per row are communicated."""
+        if self.axis_name is None:
+            return s
+        m = lax.pmax(lax.stop_gradient(s.shift), self.axis_name)
+        here, moved = s.shift == m, about(s, m)
+        if s.logit is None:  # one largest class is left out of all shards together
+            moved = moved._replace(rest=jnp.where(here, s.rest, moved.rest))
+        moved = self.total(moved._replace(shift=None, first=None))
+        rest = moved.rest if s.logit is not None else moved.rest + (self.total(here.astype(m.dtype)) - 1)
+        first = s.first
+        if first is not None:
+            first = lax.pmin(jnp.where(here, first, jnp.iinfo(first.dtype).max), self.axis_name)
+        return moved._replace(shift=m, rest=rest, first=first)
+
+
+def varying_as(a: Array, *arrays: Array | None) -> Array:
+    """`a`, marked in `jax.shard_map` as varying over every mesh axis that any of `arrays` varies over; elsewhere `a`."""
+    for array in arrays:
+        if array is not None and _sizes(array, AxisType.Manual):
+            # A zero with the type of the array; XLA leaves the sum out.
+            a = jnp.add(a, jnp.zeros_like(array.ravel()[:1].sum(), dtype=a.dtype))
+    return a
 
 
 def devices(*arrays: Array) -> int:

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxce
-from jaxce import _cache_blocks, _softmax
+from jaxce import _schedule
 
 from . import oracle, test_accuracy, test_autodiff_modes, test_statistics
 
@@ -17,12 +17,12 @@ integer_loss = jaxce.softmax_cross_entropy_with_integer_labels
 @pytest.fixture
 def blocks(monkeypatch):
     """Each row is a block, in the gradient of labels alone too; afterwards, that blocks were used is checked."""
-    used, run = [], _cache_blocks._in_row_blocks
+    used, run = [], _schedule._in_row_blocks
     monkeypatch.setattr(jax, "device_count", lambda: 1)  # all arrays here are on one
-    monkeypatch.setattr(_cache_blocks, "SMALL", 0)
-    monkeypatch.setattr(_cache_blocks, "BLOCK", 0)
-    monkeypatch.setattr(_softmax, "_keeps_exponentials", lambda *_: False)
-    monkeypatch.setattr(_cache_blocks, "_in_row_blocks", lambda *arguments: used.append(1) or run(*arguments))
+    monkeypatch.setattr(_schedule, "SMALL", 0)
+    monkeypatch.setattr(_schedule, "BLOCK", 0)
+    monkeypatch.setattr(_schedule, "keeps_exponentials", lambda *_: False)
+    monkeypatch.setattr(_schedule, "_in_row_blocks", lambda *arguments: used.append(1) or run(*arguments))
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -96,8 +96,8 @@ def test_last_block_and_shared_arguments(monkeypatch, form, options, size):
         return losses, gradient, jax.jit(lambda z: loss(z, targets, **OPTIONS[options]))(logits)
 
     whole = results()
-    monkeypatch.setattr(_softmax, "_keeps_exponentials", lambda *_: False)
-    monkeypatch.setattr(_cache_blocks, "rows_per_block", lambda _: size)
+    monkeypatch.setattr(_schedule, "keeps_exponentials", lambda *_: False)
+    monkeypatch.setattr(_schedule, "rows_per_block", lambda _: size)
     for got, wanted in zip(results(), whole, strict=True):
         oracle.assert_close(got, wanted, "float32")
 
@@ -112,8 +112,8 @@ def test_losses_of_any_size(monkeypatch, size, mapped):
     logits[np.arange(rows), labels] = logits.max(-1) + 10 - 4 * np.arange(rows)
     logits = logits.astype(np.float32)
     truth = oracle.stable(logits, labels)
-    monkeypatch.setattr(_softmax, "_keeps_exponentials", lambda *_: False)
-    monkeypatch.setattr(_cache_blocks, "rows_per_block", lambda _: size)
+    monkeypatch.setattr(_schedule, "keeps_exponentials", lambda *_: False)
+    monkeypatch.setattr(_schedule, "rows_per_block", lambda _: size)
     jax.clear_caches()
 
     def sum_and_losses(z, y):
@@ -140,7 +140,7 @@ def one_device(monkeypatch):
 
 def test_only_large_logits_are_split(one_device):
     def rows(*shape):
-        return _cache_blocks.rows_per_block(jnp.zeros(shape, jnp.bfloat16))
+        return _schedule.rows_per_block(jnp.zeros(shape, jnp.bfloat16))
 
     assert rows(1024, 1000) is None and rows(1, 2**25) is None and rows(0, 10) is None
     assert rows(1024, 50257) == 20 and rows(8, 128, 50257) == 20
@@ -151,12 +151,12 @@ def test_sharded_rows_are_not_split(one_device):
     logits = jnp.zeros((1024, 50257), jnp.bfloat16)
     mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
     sharded = jax.device_put(logits, NamedSharding(mesh, PartitionSpec("rows")))
-    assert _cache_blocks.rows_per_block(sharded) is None and _cache_blocks.rows_per_block(logits) is not None
+    assert _schedule.rows_per_block(sharded) is None and _schedule.rows_per_block(logits) is not None
 
 
 def test_several_devices_split_nothing():
     assert jax.device_count() > 1
-    assert _cache_blocks.rows_per_block(jnp.zeros((1024, 50257), jnp.bfloat16)) is None
+    assert _schedule.rows_per_block(jnp.zeros((1024, 50257), jnp.bfloat16)) is None
 
 
 @in_blocks

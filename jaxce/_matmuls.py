@@ -1,7 +1,7 @@
 """The linear layer z = x·W + b by blocks: its three matmuls, for either layout of W, and loops over its classes."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -10,15 +10,24 @@ from . import _checks
 from ._sharding import devices, parts_of
 
 
+class Inputs(NamedTuple):
+    """What the loss of a linear layer is differentiated with respect to."""
+
+    x: Any  # [..., D]
+    w: Any
+    bias: Any  # [K] or None
+    others: Any  # pytree: what the loss needs besides the logits
+
+
 class Layer(NamedTuple):
     """What is known of the layer before it is run. B rows, D features, K classes."""
 
     classes: int  # K, on this shard
     class_axis: int  # of w: 1 for [D, K], 0 for [K, D]
-    operands: jnp.dtype
-    sums: jnp.dtype  # of what is accumulated: float32 or float64
+    operand_dtype: jnp.dtype
+    sum_dtype: jnp.dtype  # float32 or float64
     devices: int  # that XLA may split x and w over
-    parts: int  # that the classes are seen as (see `jaxce._sharding`)
+    parts: int  # that the classes are seen as (see `_sharding`)
 
     @classmethod
     def of(cls, function, x, w, bias, class_axis, dtype) -> tuple["Layer", Array, Array, Array | None]:
@@ -39,15 +48,15 @@ class Layer(NamedTuple):
 
     def logits(self, x: Array, w: Array, bias: Array | None) -> Array:
         z = self._dot(x, [x.ndim - 1], w, [1 - self.class_axis])
-        return z if bias is None else z + jnp.expand_dims(bias.astype(self.sums), range(x.ndim - 1))  # [..., B, K]
+        return z if bias is None else z + jnp.expand_dims(bias.astype(self.sum_dtype), range(x.ndim - 1))
 
     def dx(self, dz: Array, w: Array) -> Array:
         return self._dot(dz, [dz.ndim - 1], w, [self.class_axis])  # [..., B, D]
 
     def dx_of_few(self, dz: Array, w: Array) -> Array:
-        """`dx`, as dxᵀ = w·dzᵀ: few rows XLA on CPU multiplies 5 to 25 % faster so, in bfloat16 up to 50 %.
+        """dx of a small block, as dxᵀ = w·dzᵀ: 5 to 25 % faster on CPU, in bfloat16 up to 50 %.
 
-        Without the barrier it would turn that around again. Of many rows dxᵀ would be one large buffer more.
+        The barrier stops XLA from undoing the transpose. For many rows use `dx`: dxᵀ would be an extra large buffer.
         """
         if self.class_axis == 0:
             return self.dx(dz, w)
@@ -63,11 +72,20 @@ class Layer(NamedTuple):
     def transposed(self, x: Array) -> Array:
         """[D, rows], to be made before a loop.
 
-        On CPU an operand that is to be transposed costs float32 a fifth of its speed, and bfloat16 half (it is then
-        multiplied in float32; or not at all: some matmuls of a vmapped loss are not implemented). Hence the barrier:
-        XLA would make the transpose part of the matmul.
+        On CPU, a transposed operand costs float32 a fifth of its speed and bfloat16 half: it is then multiplied in
+        float32, or not at all, as some matmuls of a vmapped loss are not implemented. XLA would make the transpose part
+        of the matmul; the barrier stops it.
         """
-        return lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T.astype(self.operands))
+        return lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T.astype(self.operand_dtype))
+
+    def with_transposed(self, loop: Callable[[Any, Array | None], Any], carry: Any, x: Array) -> Any:
+        """`loop(carry, x_transposed)`, with None for it on accelerators and on several devices: there it is a copy of x
+        for nothing."""
+        if self.devices > 1:
+            return loop(carry, None)
+        return lax.platform_dependent(
+            carry, x, cpu=lambda carry, x: loop(carry, self.transposed(x)), default=lambda carry, x: loop(carry, None)
+        )
 
     def add_dw(self, total: Array, x: Array, dz: Array) -> Array:
         """total + dw(x, dz), in place and tile by tile: updated at once, the update would be a buffer of W's size.
@@ -90,54 +108,53 @@ class Layer(NamedTuple):
         """Of an array with all classes along `axis`, those of the block: `size` of each part, from `start`."""
         if self.parts == 1:
             return lax.dynamic_slice_in_dim(a, start, size, axis)
-        block = lax.dynamic_slice_in_dim(self._by_parts(a, axis), start, size, axis + 1)
-        return block.reshape(*a.shape[:axis], self.parts * size, *a.shape[axis + 1 :])
+        block = lax.dynamic_slice_in_dim(self._by_parts(a, axis), start, size, axis % a.ndim + 1)
+        return block.reshape(*a.shape[: axis % a.ndim], self.parts * size, *a.shape[axis % a.ndim + 1 :])
+
+    def take_w(self, w: Array, start, size: int) -> Array:
+        """A block of w. XLA for TPUs would hoist its cast to bfloat16, and make a copy of all of w.
+
+        `reduce_precision` rounds as the cast to come does, and stays in the loop.
+        """
+        w = self.take(w, start, size, self.class_axis)
+        if self.operand_dtype == jnp.bfloat16:
+            w = lax.reduce_precision(w, exponent_bits=8, mantissa_bits=7)
+        return w
 
     def put(self, total: Array, block: Array, start, axis: int = 0) -> Array:
         """`total` with the block that `take` would take replaced."""
-        block = block.astype(total.dtype)
+        block, axis = block.astype(total.dtype), axis % total.ndim
         if self.parts == 1:  # without a reshape, on a TPU, no copy of w is made
             return lax.dynamic_update_slice_in_dim(total, block, start, axis)
         block = self._by_parts(block, axis)
         return lax.dynamic_update_slice_in_dim(self._by_parts(total, axis), block, start, axis + 1).reshape(total.shape)
 
-    def class_ids(self, start, size: int) -> Array:
-        """Of the block that `take` takes."""
-        return self.take(jnp.arange(self.classes, dtype=jnp.int32), start, size)
-
     def _by_parts(self, a: Array, axis: int) -> Array:
+        axis = axis % a.ndim
         return a.reshape(*a.shape[:axis], self.parts, -1, *a.shape[axis + 1 :])
 
     def _dot(self, a: Array, a_axes: Sequence[int], b: Array, b_axes: Sequence[int], apart: int = 0) -> Array:
-        a, b, both = a.astype(self.operands), b.astype(self.operands), range(apart)
-        return lax.dot_general(a, b, ((a_axes, b_axes), (both, both)), preferred_element_type=self.sums)
+        a, b, both = a.astype(self.operand_dtype), b.astype(self.operand_dtype), range(apart)
+        return lax.dot_general(a, b, ((a_axes, b_axes), (both, both)), preferred_element_type=self.sum_dtype)
 
 
 DW_TILE = 2**19  # numbers: 2 MiB of sums, which stay in the caches
 
 
-def over_classes(step, carry, classes: int, fitting: int):
-    """`step(carry, start, size)` for blocks of at most about `fitting` classes, the last one smaller.
+def over_classes(step, carry, classes: int, max_classes: int):
+    """`step(carry, start, size)` for blocks of at most about `max_classes` classes, the last one smaller.
 
-    Nothing is padded. Sizes are multiples of 128, as with any other a TPU copies the whole of w; of these, one that
-    leaves a small last block: on a CPU, matmuls of an odd number of classes are slow.
+    Nothing is padded. Sizes are multiples of 128 (for others XLA:TPU copies all of w). Among ¾ to all of the most that
+    fit, the one with the smallest remainder is taken, as odd widths are slow on CPU.
     """
-    most = max(1, fitting // 128)
+    most = max(1, max_classes // 128)
     size = 128 * min(range(-(-3 * most // 4), most + 1), key=lambda lanes: (classes // 128 % lanes, -lanes))
     size = min(classes, size)
     whole = classes // size
     indices = jnp.arange(whole, dtype=jnp.int32)
     carry, _ = lax.scan(lambda carry, i: (step(carry, i * size, size), None), carry, indices)
     rest = classes - whole * size
-    # The barrier hides where it starts. Rules of `jaxce._autodiff` are transposed twice, and so transposed an update at
-    # a start that XLA knows becomes a sum of two padded arrays of W's size.
+    # The barrier hides the constant start: after the double transposition of `_autodiff`, XLA would turn an update at a
+    # known index into a sum of two padded arrays of w's size.
     last = 128 * lax.optimization_barrier(jnp.int32(whole * size // 128))
     return step(carry, last, rest) if rest else carry
-
-
-def varying_as(a: Array, *arrays: Array | None) -> Array:
-    """`a`; in `jax.shard_map` it then varies over every mesh axis that one of `arrays` varies over too."""
-    for array in arrays:
-        if array is not None:  # zeros of one number, with the type of the array; XLA leaves them out
-            a = jnp.add(a, jnp.zeros_like(array.ravel()[:1].sum(), dtype=a.dtype))
-    return a

@@ -1,0 +1,159 @@
+"""Options and masks: those that touch every logit, applied to logits, and the others, combined with a row's numbers.
+
+Each is a choice of targets t or ordinary JAX around the rule, so that it is written once, for logits and for heads.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from . import _checks
+from ._elementary import soft_capped
+from ._labels import label_weight
+from ._rule import Row
+from ._sharding import ClassShards, varying_as
+
+
+class Values(NamedTuple):
+    """What a row's numbers are differentiated with respect to. `None`: not used."""
+
+    logits: Any  # [..., K]
+    targets: Array | None = None  # broadcast against the logits; they become
+    target_scale: Array | None = None  # class_weights ⊙ (target_scale·targets + target_floor)
+    target_floor: Array | None = None  # [..., 1]
+    class_weights: Array | None = None  # [1, ..., 1, K]
+    logit_cap: Array | None = None  # []
+
+
+class Selection(NamedTuple):
+    """What takes part."""
+
+    labels: Array | None = None  # [...] as in `_labels`
+    class_mask: Array | None = None  # bool, broadcast against the logits; a row that counts has a class
+    row_mask: Array | None = None  # [...] bool, the rows that count
+
+    def class_count(self, shards: ClassShards) -> Array | int:
+        """The classes of each row [..., 1] that are not masked, on all shards; at least 1."""
+        if self.class_mask is None:
+            return shards.classes
+        return jnp.maximum(shards.total(self.class_mask.sum(-1, keepdims=True)), 1)
+
+
+class Options(NamedTuple):
+    """The options as arrays of the dtype of the statistics. `None`: not used."""
+
+    label_smoothing: Array | None
+    class_weights: Array | None  # [1, ..., 1, K]
+    logit_cap: Array | None
+    z_loss: Array | None
+
+    @classmethod
+    def of(cls, function: str, dtype, ndim: int, shards: ClassShards, given: dict[str, ArrayLike | None]) -> "Options":
+        """`given` for logits of `ndim` axes."""
+        smoothing, weights, cap, z_loss = (given.get(name) for name in cls._fields)
+        smoothing = None if smoothing is None or _is_zero(smoothing) else smoothing
+        z_loss = None if z_loss is None or _is_zero(z_loss) else z_loss
+        if smoothing is not None:
+            smoothing = _checks.scalar(function, "label_smoothing", smoothing, dtype, 0, 1)
+        if weights is not None:
+            weights = _checks.real(function, "class_weights", weights).astype(dtype)
+            per = "one weight for each class" + ("" if shards.axis_name is None else " of this shard")
+            _checks.shape(function, "class_weights", weights, (shards.local,), per)
+            weights = jnp.expand_dims(weights, range(ndim - 1))
+        if cap is not None:
+            cap = _checks.scalar(function, "logit_cap", cap, dtype, 0, math.inf, open_interval=True)
+        if z_loss is not None:
+            z_loss = _checks.scalar(function, "z_loss", z_loss, dtype, 0, math.inf)
+        return cls(smoothing, weights, cap, z_loss)
+
+
+def _is_zero(option: ArrayLike) -> bool:
+    return isinstance(option, int | float) and option == 0
+
+
+def statistics_dtype(*arrays: Array | None):
+    """float64 if an array is, else float32."""
+    return jnp.float64 if any(a is not None and a.dtype == jnp.float64 for a in arrays) else jnp.float32
+
+
+def prepared(values: Values, selection: Selection) -> tuple[Array, Array | None]:
+    """The logits, and the targets broadcast against them, that the rule sees: options applied, classes and rows masked.
+
+    Masked classes get the logit −inf and the target 0; rows that do not count become all 0. What they held is replaced
+    before anything is computed from it, or a NaN there would reach the gradients of the options.
+    """
+    class_mask = selection.class_mask
+    row_mask = None if selection.row_mask is None else selection.row_mask[..., None]
+    mask = class_mask if row_mask is None else row_mask if class_mask is None else class_mask & row_mask
+
+    z = values.logits.astype(statistics_dtype(values.logits, values.targets))
+    z = z if mask is None else jnp.where(mask, z, 0)
+    z = z if values.logit_cap is None else soft_capped(z, values.logit_cap)
+    if class_mask is not None:
+        z = jnp.where(class_mask if row_mask is None else class_mask | ~row_mask, z, -jnp.inf)
+    if values.targets is None:
+        return z, None
+
+    t = values.targets.astype(z.dtype)
+    t = t if mask is None else jnp.where(mask, t, 0)
+    t = t if values.target_scale is None else values.target_scale * t + values.target_floor
+    if values.class_weights is not None:  # an infinite weight of a class without target counts for nothing
+        t = jnp.where((t == 0) & jnp.isinf(values.class_weights), 0, values.class_weights) * t
+    t = t if mask is None else jnp.where(mask, t, 0)
+    return z, t
+
+
+def prepared_vjp(values: Values, selection: Selection) -> tuple[tuple[Array, Array | None], Callable]:
+    """`prepared`, with targets of the logits' shape, and its vjp."""
+
+    def alike(values):
+        z, t = prepared(values, selection)
+        # In shard_map t varies over the same mesh axes as z, since its cotangent does.
+        return z, None if t is None else varying_as(jnp.broadcast_to(t, z.shape), z)
+
+    return jax.vjp(alike, values)
+
+
+def combined(row: Row, options: Options, selection: Selection, shards: ClassShards) -> Array:
+    """The loss of each row from its numbers: of its label if there is one, else of its dense targets.
+
+    A smoothed label of class weight c_y costs (1−ε)·c_y·(−log o_y) + ε/K·Σ_k c_k (−log o_k).
+    """
+    loss, smoothing = row.target_loss, options.label_smoothing
+    if selection.labels is not None:
+        loss = row.loss
+        if options.class_weights is not None:
+            weight = label_weight(selection.labels, options.class_weights, selection.row_mask, shards)
+            loss = _times(weight, loss)
+        if smoothing is not None:
+            share = smoothing / jnp.asarray(selection.class_count(shards), smoothing.dtype)
+            share = share if share.ndim == 0 else share[..., 0]
+            loss = _times(1 - smoothing, loss) + _times(share, row.target_loss)
+    if options.z_loss is not None:
+        loss = loss + options.z_loss * row.log_normalizer**2
+    return loss if selection.row_mask is None else jnp.where(selection.row_mask, loss, 0)
+
+
+def _times(weight: Array, loss: Array) -> Array:
+    """weight·loss. A weight of 0 at a logit of −inf: 0·inf is 0 here, as in 0·log 0."""
+    return weight * jnp.where((weight == 0) & jnp.isposinf(loss), 0, loss)
+
+
+def with_uniform_targets(values: Values, options: Options, ndim: int, dtype: Any) -> Values:
+    """The second target of smoothed integer labels: Σ_k c_k (−log o_k), for logits of `ndim` axes."""
+    if options.label_smoothing is None:
+        return values
+    return values._replace(targets=jnp.ones((1,) * ndim, dtype), class_weights=options.class_weights)
+
+
+def masked_mean(targets: Array, selection: Selection, like: Array, dtype: Any, shards: ClassShards) -> Array:
+    """The mean of dense targets over the classes of each row [..., 1] that are not masked."""
+    t = jnp.broadcast_to(targets.astype(dtype), like.shape)
+    t = t if selection.class_mask is None else jnp.where(selection.class_mask, t, 0)
+    t = t if selection.row_mask is None else jnp.where(selection.row_mask[..., None], t, 0)
+    return shards.total(t.sum(-1, keepdims=True)) / jnp.asarray(selection.class_count(shards), dtype)

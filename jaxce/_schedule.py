@@ -1,0 +1,262 @@
+"""The schedule of the rule on logits: every trick that makes XLA read them seldom and hold no copy, each by its name.
+
+The mathematics is in `_rule`; without this module it would be as right, but slower and larger. Each note says the
+symptom, the remedy, the test that fails without it, and the versions it is for.
+
+On accelerators every number of a row comes from one pass over its logits, a `lax.reduce` whose combiner is
+`_rule.joined`. On a CPU that is 40 % slower than a pass for the maximum and passes for the sums, over blocks of rows
+that stay in its caches. `lax.platform_dependent` chooses: it knows the device compiled for, ahead of time too.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from . import _labels
+from ._options import Selection, Values, prepared, statistics_dtype
+from ._rule import Sums, joined, row_of, single, sums
+from ._sharding import ClassShards, devices
+
+SMALL = 64 * 2**20  # bytes of float32 logits, below which XLA's buffers are recycled and blocks would not pay
+BLOCK = 4 * 2**20  # bytes of float32 logits in a block: within the caches, and enough work for each thread
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # for eager calls, each of which would compile the branches anew
+def class_sums(shards: ClassShards, with_entropy: bool, differentiated: bool, values: Values, selection: Selection):
+    """The `Sums` of this shard's classes for each row. `differentiated`: the gradient is computed too."""
+    separate = functools.partial(_separate_passes, shards, with_entropy)
+    label_alone = selection.labels is not None and values.targets is None and not with_entropy
+
+    def on_cpu(values, selection):
+        if differentiated and label_alone and keeps_exponentials(values, selection):
+            return separate((values, selection))
+        first = about_label if label_alone and shards.axis_name is None else None
+        return in_row_blocks(separate, values.logits, (values, selection), first)
+
+    def on_accelerators(values, selection):
+        z, t = prepared(values, selection)
+        at_label = None if selection.labels is None else is_label(selection.labels, z, shards)
+        s = one_pass(z, at_label, t, class_ids_like(z, shards) if with_entropy else None)
+        return s if s.logit is None else s._replace(logit=_nan_if_invalid(s.logit, selection.labels))
+
+    return by_platform(on_cpu, on_accelerators, values, selection)
+
+
+def by_platform(on_cpu: Callable[..., Any], on_accelerators: Callable[..., Any], *args: Any) -> Any:
+    """Symptom: `lax.platform_dependent` is a cond, and vmap moves the batch axis of its operands to the front: a copy of
+    the logits. Remedy: a constant selects between both results, and XLA drops the other one. Test:
+    test_vmap_is_the_batched_loss (memory). All versions."""
+    cpu = lax.platform_dependent(cpu=lambda: jnp.array(True), default=lambda: jnp.array(False))
+    return jax.tree.map(functools.partial(jnp.where, cpu), on_cpu(*args), on_accelerators(*args))
+
+
+def sums_of_block(z: Array, at_label: Array, t: Array | None, ids: Array | None) -> Sums:
+    """The `Sums` of a block of logits [..., C] that is not kept."""
+
+    def on_cpu(z, at_label, t, ids):
+        return sums(z, z.max(-1), at_label, jnp.where(at_label, z, 0).sum(-1), t, ids, ids is not None)
+
+    return by_platform(on_cpu, one_pass, z, at_label, t, ids)
+
+
+def one_pass(z: Array, at_label: Array | None, t: Array | None, ids: Array | None) -> Sums:
+    """Symptom: a maximum, sums, a mean target and an entropy are 2 to 5 passes over the logits on GPUs and TPUs.
+    Remedy: one variadic reduce of the `Sums` of single classes. Test: tests/aot, passes over the logits."""
+    t, ids = (None if a is None else jnp.broadcast_to(a, z.shape) for a in (t, ids))
+    last = None if ids is None else jnp.array(jnp.iinfo(ids.dtype).max, ids.dtype)
+    each = single(z, at_label, t, ids, ids is not None)
+    none = (None if a is None else jnp.zeros((), a.dtype) for a in (at_label, t))
+    nothing = single(jnp.full((), -jnp.inf, z.dtype), *none, last, ids is not None)
+    return lax.reduce(each, nothing, joined, (z.ndim - 1,))
+
+
+def _separate_passes(shards: ClassShards, with_entropy: bool, arguments: tuple[Values, Selection]) -> Sums:
+    values, selection = arguments
+    values = rounded_once(values)
+    z, t = prepared(values, selection)
+    m = maximum(values, selection, z)
+    logit, at_label = None, None
+    if selection.labels is not None:
+        values, logit = label_logit(values, selection, m, shards)
+        z, t = prepared(values, selection)
+        at_label = is_label(selection.labels, z, shards)
+    return sums(z, m, at_label, logit, t, class_ids_like(z, shards) if with_entropy else None, with_entropy)
+
+
+def about_label(arguments: tuple[Values, Selection]) -> tuple[Sums, Array]:
+    """Symptom: the maximum takes a pass and a copy of the block, half of a large loss's time on a CPU.
+    Remedy: where there is but a label, shift by its own logit: one pass. exp(z_j − z_y) overflows once the loss exceeds
+    88; already at 32 its rounding costs o about 1e-6. Rows above 32 are redone about their maximum: the second result
+    says which rows are good. Test: test_losses_of_any_size (values); the benchmark (time). All versions."""
+    values, selection = arguments
+    shards = ClassShards(values.logits.shape[-1])
+    # The barrier has the label's logit computed once per row, not for each class.
+    logit = lax.optimization_barrier(_gathered_logit(values, selection, shards))
+    z, _ = prepared(values, selection)
+    s = sums(z, logit, is_label(selection.labels, z, shards), logit)
+    loss = row_of(s).loss
+    return s, (loss < 32) | jnp.isnan(logit)
+
+
+def maximum(values: Values, selection: Selection, z: Array) -> Array:
+    """Symptom: XLA on CPU keeps the float32 cast of bfloat16 logits for the exponentials, a copy of them.
+    Remedy: where logits are only cast, the maximum is taken before the cast. Test: test_large_logits_leave_no_temporary."""
+    return (values.logits if _only_casts(values, selection) else z).max(-1).astype(z.dtype)
+
+
+def rounded_once(values: Values) -> Values:
+    """Symptom: XLA recomputes logits that are a product in each pass, rounded differently: z_y − m is not exactly 0.
+    Remedy: a barrier materializes them once. Test: test_accuracy, logits that are a product. All versions."""
+    return values._replace(logits=lax.optimization_barrier(values.logits))
+
+
+def label_logit(values: Values, selection: Selection, m: Array, shards: ClassShards) -> tuple[Values, Array]:
+    """The label's logit, and the values to go on with.
+
+    Symptom: gathering first delays the CPU's threads; gathering last keeps the logits alive, so exp needs a second
+    buffer; gathering after the cast makes TPUs cast all logits. Remedy: barriers fix the order max, gather, exp, and
+    the cast comes after the gather. Capped exponentials do not depend on the logits' buffer, and a barrier would have a
+    CPU cap them twice. Tests: test_large_vocabulary_needs_no_temporary, tests/aot. All versions."""
+    late = lax.optimization_barrier((values.logits, m))[0]
+    logit = rounded_alike(_gathered_logit(values._replace(logits=late), selection, shards), m, values.logit_cap)
+    if values.logit_cap is None:
+        late, logit = lax.optimization_barrier((late, logit))
+        return values._replace(logits=late), logit
+    return values, logit
+
+
+def _gathered_logit(values: Values, selection: Selection, shards: ClassShards) -> Array:
+    """z_y as the rule sees it; 0 where the label is on another shard, NaN where it is INVALID."""
+    index, here = _labels.local_index(selection.labels, shards)
+    picked = jnp.take_along_axis(values.logits, index[..., None], -1, mode="promise_in_bounds")
+    z, _ = prepared(Values(picked, logit_cap=values.logit_cap), Selection(row_mask=selection.row_mask))
+    return _nan_if_invalid(jnp.where(here, z[..., 0], 0), selection.labels)
+
+
+def _nan_if_invalid(logit: Array, labels: Array) -> Array:
+    return jnp.where(labels == _labels.INVALID, jnp.nan, logit)
+
+
+def rounded_alike(logit: Array, m: Array, cap: Array | None) -> Array:
+    """Symptom: a capped label, compiled apart from the others, can be one rounding off the maximum that it is: the gap
+    costs a confident row's loss its digits. Remedy: within 4 ulp it is the maximum; the derivative stays the label's
+    own. Test: test_options, confident capped rows. All versions."""
+    if cap is None:
+        return logit
+    gap = lax.stop_gradient(m - logit)
+    return logit + jnp.where(jnp.abs(gap) <= 4 * jnp.finfo(m.dtype).eps * jnp.abs(m), gap, 0)
+
+
+@jax.jit
+def _after(logits: Array, *numbers: Array) -> Array:
+    return lax.platform_dependent(
+        logits, *numbers, cpu=lambda z, *_: z, default=lambda *args: lax.optimization_barrier(args)[0]
+    )
+
+
+def reread(values: Values, *numbers: Array) -> Values:
+    """Symptom: XLA for GPUs writes capped logits in float32 in the forward pass, to read them in the backward pass: 4 GiB
+    for [8192, 131072]. Remedy: accelerators may not read the logits before a row's numbers are known, and cap them
+    again. On a CPU the copy costs less than another tanh. Test: tests/aot, every option. All versions."""
+    return values if values.logit_cap is None else values._replace(logits=_after(values.logits, *numbers))
+
+
+def reads_label_in_place(logits: Array) -> bool:
+    """Symptom: with classes split over devices, gathering z_y again would communicate.
+    Remedy: the gradient reads it where it lies, at one expm1 per logit. Test: test_sharded_matrix (collectives)."""
+    return devices(logits) > 1
+
+
+def keeps_exponentials(values: Values, selection: Selection) -> bool:
+    """Whether XLA is to make the gradient, in place, of the very exponentials that the forward pass summed.
+
+    Symptom: on rows of fewer than 128 classes a second exp costs more than a pass over memory; and jax 0.10 does not
+    write the gradient over logits that a loop has read. Remedy: there the forward pass takes no blocks, so that XLA
+    merges its exponentials with the gradient's. Tests: the benchmark; on jax 0.10 test_compiled, donated logits."""
+    without_cast = values.logits.dtype == statistics_dtype(values.logits) and _only_casts(values, selection)
+    return without_cast and (values.logits.shape[-1] < 128 or jax.__version_info__[:2] == (0, 10))
+
+
+def _only_casts(values: Values, selection: Selection) -> bool:
+    """Whether that is all that `prepared` does to the logits."""
+    return values.logit_cap is None and selection.class_mask is None and selection.row_mask is None
+
+
+def class_ids_like(z: Array, shards: ClassShards) -> Array:
+    """The class of each logit. Compared inside the pass that uses it, an iota is free; a scatter would not be."""
+    return shards.first() + lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1)
+
+
+def is_label(labels: Array, z: Array, shards: ClassShards) -> Array:
+    return class_ids_like(z, shards) == labels[..., None]
+
+
+def rows_per_block(logits: Array) -> int | None:
+    """How many rows of `logits` [..., K] make a block; None where all are to be taken at once.
+
+    Contiguous rows of a sharded array would not be local. Under `jit` we cannot see whether it is sharded, so blocks
+    are for a single device only (nor under an explicit mesh of it).
+    """
+    rows, row_bytes = math.prod(logits.shape[:-1]), 4 * logits.shape[-1]
+    if rows * row_bytes < SMALL or jax.device_count() > 1 or any(jax.typeof(logits).sharding.spec):
+        return None
+    size = max(1, BLOCK // row_bytes)
+    return size if size < rows else None
+
+
+def in_row_blocks(f: Callable[[Any], Any], logits: Array, args: Any, first: Callable[[Any], Any] | None = None) -> Any:
+    """`f(args)`: arrays of one number for each row of `logits` [..., K]. `f` may see blocks of rows only.
+
+    Symptom: XLA on CPU materializes every intermediate. Buffers above 32 MiB are freshly mapped, and their page faults
+    cost more than the arithmetic. Remedy: a few MiB of rows at a time stay in cache. Tests: test_large_logits_*.
+
+    An array in `args` has the leading axes of `logits`, or is shared by all rows and has leading axes of size 1.
+    `first`, if given, makes the numbers of a block more cheaply, and says for which rows they are good: `f` sees the
+    blocks where not all are. It is never differentiated.
+    """
+    lead, size = logits.shape[:-1], rows_per_block(logits)
+    ones = (1,) * len(lead)
+    if size is None or any(a.shape[: len(lead)] not in (lead, ones, ()) for a in jax.tree.leaves(args)):
+        return f(args)
+    return _in_row_blocks(f, first, lead, size, args)
+
+
+def _in_row_blocks(f, first, lead: tuple[int, ...], size: int, args):
+    rows = math.prod(lead)
+    blocks = -(-rows // size)
+
+    def part(a, i):
+        if a.shape[: len(lead)] != lead:
+            return a.reshape(1, *a.shape[len(lead) :]) if a.ndim else a
+        # The last block begins earlier (a slice is moved to be inside the array) and repeats some rows.
+        return lax.dynamic_slice_in_dim(a.reshape(rows, *a.shape[len(lead) :]), i * size, size)
+
+    def block(i):
+        return jax.tree.map(lambda a: part(a, i), args)
+
+    def join(a):  # [blocks, size]
+        return jnp.concatenate([a[:-1].ravel(), a[-1, blocks * size - rows :]]).reshape(lead)
+
+    def numbers(i):
+        return _copied(f, block(i)) if first is None else _second_look(f, first, block, i, blocks)
+
+    return jax.tree.map(join, lax.map(numbers, jnp.arange(blocks, dtype=jnp.int32)))
+
+
+def _copied(f, block):
+    """Symptom: XLA casts all logits to float32 outside of the loop. Remedy: a barrier has each block copied, into cache.
+    Test: test_large_logits_leave_no_temporary, bf16. From jax 0.11; 0.10 casts in any loop."""
+    return f(lax.optimization_barrier(block))
+
+
+def _second_look(f, first, block, i, blocks):
+    """Symptom: vmap turns a cond into both of its branches. Remedy: a while_loop that runs at most once. Its step reads
+    the index that it changes, or XLA would hoist it. Test: test_large_logits_leave_no_temporary, gradient."""
+    numbers, good = first(block(i))
+    start = numbers, jnp.where(good.all(), blocks, i)
+    return lax.while_loop(lambda s: s[1] < blocks, lambda s: (_copied(f, block(s[1])), s[1] + blocks), start)[0]
