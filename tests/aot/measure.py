@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from .roofline import PEAKS, Roofline, roofline
-from .targets import compiled
+from .targets import compiled, temp_mib_of
 
 
 class Measured(NamedTuple):
@@ -36,6 +36,8 @@ class Measured(NamedTuple):
 
 def measure(f: Callable, arguments: tuple[jax.ShapeDtypeStruct, ...], target: str) -> Measured:
     """`f`, compiled once. ValueError if its time is unknown: a loop without a trip count, a Pallas kernel."""
-    program = compiled(f, arguments, target)
-    temp_mib = program.memory_analysis().temp_size_in_bytes / 2**20
-    return Measured(target, arguments, temp_mib, roofline(program.as_text(), target))
+    return measured(compiled(f, arguments, target), arguments, target)
+
+
+def measured(program: Any, arguments: tuple[jax.ShapeDtypeStruct, ...], target: str) -> Measured:
+    return Measured(target, arguments, temp_mib_of(program), roofline(program.as_text(), target))
