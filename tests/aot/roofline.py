@@ -31,9 +31,8 @@ FREE = {
 }
 FREE_CALLS = {"AllocateBuffer"}
 OPAQUE_CALLS = {"tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu", "mosaic_gpu_v2"}  # kernels of Pallas
-SLICES = {"slice", "dynamic-slice", "gather"}
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # and which operand is what they write
-WHOLE = {  # an element of the result may need many of the operand
+WHOLE = {  # whose result may need more elements of an operand than it has itself
     *("dot", "convolution", "reduce", "reduce-window", "select-and-scatter", "sort", "custom-call", "fft"),
     *("cholesky", "triangular-solve", "rng-bit-generator"),
 }
@@ -151,16 +150,13 @@ def _used(body: Computation) -> dict[str, int]:
 
 def _used_by(user: Instruction, i: Instruction, body: Computation, used: dict[str, int]) -> int:
     """How many elements of the value `i` its `user` uses, of whose result some are used."""
-    first = user.operands[0] == i.name
     if user.op == "tuple":
         return 0  # counted where it is stored
-    if user.op in SLICES and first:
-        return user.elements
-    if user.op in WHOLE or (user.op in UPDATES and not first):
+    if user.op in WHOLE or (user.op in UPDATES and i.name in user.operands[1:]):
         return i.elements
     if user.op == "scatter":
         return used[user.name] + body[user.operands[2]].elements  # it adds to what is there
-    return used[user.name]
+    return used[user.name]  # one for one, if not fewer: so do slices and gathers
 
 
 def _written(body: Computation, i: Instruction, gemm: bool) -> int:
