@@ -73,6 +73,8 @@ def roofline(text: str, target: str) -> Roofline:
 def _run(program: Program, computation: Computation, peaks: tuple[float, float]) -> Iterator[Kernel]:
     """The kernels of one run of a computation."""
     for i in computation.values():
+        if i.op.endswith("-done") and i.op != "async-done":
+            i = _finished(computation, i)
         if i.op == "while":
             trips = trip_count(program, computation, i)
             for kernel in _run(program, program[i.attribute("body")], peaks):
@@ -82,8 +84,6 @@ def _run(program: Program, computation: Computation, peaks: tuple[float, float])
             yield from max(branches, key=lambda kernels: sum(kernel.seconds for kernel in kernels))
         elif i.op in ("call", "async-start"):
             yield from _run(program, program[i.attribute("to_apply|calls")], peaks)
-        elif i.op.endswith("-done") and i.op != "async-done":
-            yield _kernel(program, computation, _finished(computation, i), peaks)
         elif not _free(i):
             yield _kernel(program, computation, i, peaks)
 
@@ -128,13 +128,11 @@ def _alone(i: Instruction, operands: list[Instruction]) -> Computation:
 def _read(body: Computation, operands: list[Instruction]) -> int:
     """Bytes that a kernel reads of its operands."""
     used = _used(body)
-    size = {}  # by name: an operand that is passed twice is read once
+    size: dict[str, float] = {}  # by name: an operand that is passed twice is read once
     for parameter in body.parameters:
         operand = operands[int(parameter.text)]
-        if len(operand.shapes) == 1:
-            size[operand.name] = _nbytes(operand.shapes) * used[parameter.name] / max(operand.elements, 1)
-        else:
-            size[operand.name] = _nbytes(operand.shapes)
+        part = used[parameter.name] / max(operand.elements, 1)
+        size[operand.name] = max(size.get(operand.name, 0), part * _nbytes(operand.shapes))
     return math.ceil(sum(size.values()))
 
 

@@ -354,6 +354,16 @@ def test_update_of_a_computed_buffer_writes_all_of_it():
     assert read(UPDATE, computed).bytes == 64 * KIB + KIB + 4 + KIB + 64 * KIB
 
 
+def test_scatter_reads_and_writes_what_it_touches():
+    found = read("""
+        %x = f32[64,256]{1,0} parameter(0)
+        %indices = s32[8,2]{1,0} parameter(1)
+        %added = f32[8]{0} parameter(2)
+        ROOT %y = f32[64,256]{1,0} scatter(%x, %indices, %added), to_apply=%sum
+        """)
+    assert found.bytes == 4 * (8 + 2 * 8 + 8) + 4 * 8
+
+
 def test_on_chip_buffers_are_free():
     on_chip = UPDATE.replace("%u = f32[256]{0}", "%u = f32[256]{0:T(256)S(1)}").replace(
         "(f32[256]{0}, f32[64,256]{1,0}) f", "(f32[256]{0:S(1)}, f32[64,256]{1,0}) f"
@@ -446,11 +456,13 @@ def test_called_computations_run():
         %i = s32[] parameter(1)
         %c = f32[1,256]{1,0} call(%b, %i), to_apply=%called
         %a = ((f32[64,256]{1,0}, s32[]), f32[1,256]{1,0}, u32[]) async-start(%b, %i), calls=%called
-        ROOT %a.done = f32[1,256]{1,0} async-done(%a)
+        %a.done = f32[1,256]{1,0} async-done(%a)
+        %d = ((f32[64,256]{1,0}, s32[]), f32[1,256]{1,0}, u32[]) call-start(%b, %i), to_apply=%called
+        ROOT %d.done = f32[1,256]{1,0} call-done(%d)
         """,
         called,
     )
-    assert (found.kernels, found.bytes) == (2, 2 * (KIB + 4 + KIB))
+    assert (found.kernels, found.bytes) == (3, 3 * (KIB + 4 + KIB))
 
 
 def test_what_only_names_or_allocates_buffers_is_no_kernel():
