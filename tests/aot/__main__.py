@@ -52,8 +52,8 @@ def print_kernels(case: Case, found: Measured, slowest: int) -> None:
 
 def print_table(problem: str, rows: list[Row], targets: list[str]) -> None:
     first = "time" if problem in ALL_HEADS else "passes"
-    print(f"\n{problem}: {shape_of(problem)}\n{'':28}" + "".join(f"{target:>28}" for target in targets))
-    print(f"{'':28}" + f"{first:>10}{'kernels':>9}{'MiB':>9}" * len(targets))
+    print(f"\n{problem}: {shape_of(problem)}\n{'':28}" + "".join(f"{target:>30}" for target in targets))
+    print(f"{'':28}" + f"{first:>10}{'kernels':>11}{'MiB':>9}" * len(targets))
     cells = {(row["contender"], row["target"]): cell(row, first) for row in rows}
     for contender in dict.fromkeys(row["contender"] for row in rows):
         print(f"{contender:28}" + "".join(cells[contender, target] for target in targets))
@@ -65,8 +65,8 @@ def print_table(problem: str, rows: list[Row], targets: list[str]) -> None:
 def cell(row: Row, first: str) -> str:
     mib = f"{row['temp_mib']:9,.1f}" if "temp_mib" in row else f"{'':9}"
     if "failed" in row:
-        return f"{'failed':>10}{'':9}{mib}"
-    return f"{row[first]:10.2f}{row['kernels']:9,}{mib}"
+        return f"{'failed':>10}{'':11}{mib}"
+    return f"{row[first]:10.2f}{row['kernels']:11,}{mib}"
 
 
 def versions() -> dict[str, str]:
