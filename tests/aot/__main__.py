@@ -1,92 +1,104 @@
-"""Temp memory of the heads of language models on accelerators: jaxce and every installed peer, compiled without them.
+"""Time and memory on accelerators, of jaxce and of every installed peer, compiled without them.
 
-What value_and_grad needs beside inputs and outputs, in MiB, as XLA's compiler for the device says.
+Of value_and_grad of a mean loss, as XLA compiled it for the device:
+time, of a head: the least that its kernels can take, in units of three bare matmuls at peak;
+passes, of a loss of logits: bytes moved, in units of the logits';
+kernels: how many it launches, with the trips of its loops;
+MiB: temporary memory, beside inputs and outputs.
 """
 
 import argparse
 import datetime
 import json
 import sys
-from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
-import jax
-
-from ..benchmarks.contenders import installed, linear_losses
-from . import problems
-from .problems import HEADS, LOGITS, OURS, TOKENS, gradients, head, logits
-from .targets import TARGETS, temp_mib
+from .measure import Measured, measured
+from .problems import ALL_HEADS, PROBLEMS, TOKENS, Case, cases, shape_of
+from .targets import TARGETS, compiled, temp_mib_of
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "optax", "tokamax", "jax-cce", "marin-levanter")
+Row = dict[str, Any]
 
 
-def cases(models: list[str]) -> list[tuple[str, str, Callable, tuple]]:
-    """(problem, contender, function, arguments)."""
-    peers = {name: loss for name, loss in linear_losses().items() if not name.startswith("jaxce")}
-    if installed("optax"):
-        import optax
-
-        xent = optax.softmax_cross_entropy_with_integer_labels
-        peers["optax, bfloat16 logits"] = lambda x, w, labels: xent(x @ w, labels).mean()
-    found: list[tuple[str, str, Callable, tuple]] = []
-    for model in models:
-        for name, (loss, dtype) in OURS.items():
-            found.append((model, name, gradients(loss), head(*HEADS[model], dtype)))
-        for name, loss in peers.items():
-            found.append((model, name, gradients(loss), head(*HEADS[model])))
-    losses: dict[str, Callable] = {
-        "jaxce": problems.mean_loss,
-        "jaxce, every option": problems.mean_loss_with_every_option,
-    }
-    if installed("optax"):
-        losses["optax"] = lambda z, y, *_: xent(z, y).mean()
-    for name, loss in losses.items():
-        found.append(("logits", name, jax.value_and_grad(loss), logits()))
-    return found
+def row_of(case: Case, target: str, slowest: int) -> Row:
+    row: Row = {"problem": case.problem, "contender": case.contender, "target": target}
+    try:
+        program = compiled(case.function, case.arguments, target)
+        row["temp_mib"] = temp_mib_of(program)
+        row |= numbers(case, found := measured(program, case.arguments, target))
+    except Exception as e:  # a peer's failure is a result
+        row["failed"] = f"{type(e).__name__}: {e}".splitlines()[0][:200]
+    else:
+        print_kernels(case, found, slowest)
+    return row
 
 
-def measure(chosen: list[tuple], targets: list[str], progress) -> list[dict[str, Any]]:
-    rows = []
-    for problem, contender, function, arguments in chosen:
-        for target in targets:
-            row: dict[str, Any] = {"problem": problem, "contender": contender, "target": target}
-            try:
-                row["temp MiB"] = temp_mib(function, arguments, target)
-            except Exception as e:  # a peer's failure is a result
-                row["failed"] = f"{type(e).__name__}: {e}".splitlines()[0][:200]
-            rows.append(row)
-            progress.update()
-    return rows
+def numbers(case: Case, found: Measured) -> Row:
+    floor = {"time": found.time} if case.is_head else {"passes": found.passes}
+    return floor | {"kernels": found.kernels, "seconds": found.roofline.seconds}
 
 
-def print_rows(rows: list[dict[str, Any]], targets: list[str]) -> None:
-    cells = {(r["problem"], r["contender"], r["target"]): r for r in rows}
-    for problem in dict.fromkeys(r["problem"] for r in rows):
-        shape = [TOKENS, *HEADS[problem]] if problem in HEADS else LOGITS
-        print(f"\n{problem} {list(shape)} bfloat16, MiB\n{'':30}" + "".join(f"{target:>12}" for target in targets))
-        for contender in dict.fromkeys(r["contender"] for r in rows if r["problem"] == problem):
-            found = [cells[problem, contender, target].get("temp MiB") for target in targets]
-            print(f"{contender:30}" + "".join(f"{'failed' if v is None else f'{v:.1f}':>12}" for v in found))
+def print_kernels(case: Case, found: Measured, slowest: int) -> None:
+    if slowest:
+        print(f"\n{case.problem}, {case.contender}, {found.target}:")
+    for kernel in found.roofline.table[:slowest]:
+        flops, size = kernel.flops / 1e9, kernel.bytes / 2**20
+        print(
+            f"{kernel.seconds * 1e3:10.3f} ms{kernel.trips:10,} trips{flops:12,.0f} GF{size:12,.0f} MiB  {kernel.name}"
+        )
+
+
+def print_table(problem: str, rows: list[Row], targets: list[str]) -> None:
+    first = "time" if problem in ALL_HEADS else "passes"
+    print(f"\n{problem}: {shape_of(problem)}\n{'':28}" + "".join(f"{target:>30}" for target in targets))
+    print(f"{'':28}" + f"{first:>10}{'kernels':>11}{'MiB':>9}" * len(targets))
+    cells = {(row["contender"], row["target"]): cell(row, first) for row in rows}
+    for contender in dict.fromkeys(row["contender"] for row in rows):
+        print(f"{contender:28}" + "".join(cells[contender, target] for target in targets))
+    for row in rows:
+        if "failed" in row:
+            print(f"{row['contender']}, {row['target']} failed: {row['failed']}")
+
+
+def cell(row: Row, first: str) -> str:
+    mib = f"{row['temp_mib']:9,.1f}" if "temp_mib" in row else f"{'':9}"
+    if "failed" in row:
+        return f"{'failed':>10}{'':11}{mib}"
+    return f"{row[first]:10.2f}{row['kernels']:11,}{mib}"
 
 
 def versions() -> dict[str, str]:
     return {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.aot", description=__doc__)
-    parser.add_argument("--model", action="append", choices=HEADS, help="only this model; may be repeated")
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m tests.aot", description=__doc__, formatter_class=form)
+    parser.add_argument("--problem", action="append", choices=PROBLEMS, help="only this one; may be repeated")
+    parser.add_argument("--contender", action="append", help="only this one; may be repeated")
     parser.add_argument("--target", action="append", choices=TARGETS, help="only this device; may be repeated")
+    parser.add_argument("--kernels", type=int, default=0, metavar="N", help="list each program's N slowest kernels")
     parser.add_argument("--json", metavar="FILE", help="write what was measured")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parsed(arguments)
     from tqdm import tqdm
 
-    targets = options.target or list(TARGETS)
-    chosen = cases(options.model or list(HEADS))
+    targets, problems = options.target or list(TARGETS), options.problem or list(PROBLEMS)
+    chosen = [case for problem in problems for case in cases(problem)]
+    chosen = [case for case in chosen if case.contender in (options.contender or [case.contender])]
+    rows: list[Row] = []
     with tqdm(total=len(chosen) * len(targets), unit="program", file=sys.stderr) as progress:
-        rows = measure(chosen, targets, progress)
-    print_rows(rows, targets)
+        for case in chosen:
+            for target in targets:
+                rows.append(row_of(case, target, options.kernels))
+                progress.update()
+    for problem in problems:
+        print_table(problem, [row for row in rows if row["problem"] == problem], targets)
     result = {"date": datetime.date.today().isoformat(), "versions": versions(), "tokens": TOKENS, "rows": rows}
     print("\n" + json.dumps({k: result[k] for k in ("date", "versions")}))
     if options.json:

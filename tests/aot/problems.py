@@ -1,21 +1,58 @@
-"""Heads of language models, and the losses that are compiled for them."""
+"""What is compiled: heads of language models and losses of logits, by jaxce, and by every peer that is installed."""
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 import jaxce
 
-TOKENS = 8192
+from ..benchmarks.contenders import installed, linear_losses
+
+TOKENS = 8192  # of all heads that do not say otherwise
 HEADS = {  # features, classes
     "llama-3.1-8b": (4096, 128256),
     "gemma-3-4b": (2560, 262144),
     "qwen3-8b": (4096, 151936),
     "gpt-oss-120b": (2880, 201088),
 }
+MORE_HEADS = {  # tokens, features, classes
+    "few tokens": (4096, 4096, 151936),
+    "many tokens": (32768, 2048, 65536),
+    "gpt-2": (8192, 768, 50257),
+}
+ALL_HEADS = {name: (TOKENS, *shape) for name, shape in HEADS.items()} | MORE_HEADS
 LOGITS = (TOKENS, 131072)
+LOGITS_DTYPES = {"logits": jnp.bfloat16, "logits, float32": jnp.float32}
+PROBLEMS = (*ALL_HEADS, *LOGITS_DTYPES)
+
+
+class Case(NamedTuple):
+    problem: str
+    contender: str
+    function: Callable
+    arguments: tuple[jax.ShapeDtypeStruct, ...]
+
+    @property
+    def is_head(self) -> bool:
+        return self.problem in ALL_HEADS
+
+
+def shape_of(problem: str) -> str:
+    if problem in LOGITS_DTYPES:
+        return f"{list(LOGITS)} {jnp.dtype(LOGITS_DTYPES[problem]).name}"
+    tokens, features, classes = ALL_HEADS[problem]
+    return f"[{tokens}, {features}] @ [{features}, {classes}] bfloat16"
+
+
+def cases(problem: str) -> list[Case]:
+    of = cases_of_logits if problem in LOGITS_DTYPES else cases_of_a_head
+    return of(problem)
+
+
+# --- Heads -------------------------------------------------------------------------------------------------------
 
 
 def head(features: int, classes: int, w_dtype=jnp.bfloat16, tokens: int = TOKENS) -> tuple:
@@ -40,6 +77,28 @@ OURS: dict[str, tuple[Callable, jnp.dtype]] = {  # and the dtype of w
         jnp.dtype(jnp.float32),
     ),
 }
+
+
+def peers_of_a_head() -> dict[str, Callable]:
+    peers = {name: loss for name, loss in linear_losses().items() if not name.startswith("jaxce")}
+    if installed("optax"):
+        import optax
+
+        integer = optax.softmax_cross_entropy_with_integer_labels
+        peers["optax, bfloat16 logits"] = lambda x, w, labels: integer(x @ w, labels).mean()
+    return peers
+
+
+def cases_of_a_head(problem: str) -> list[Case]:
+    tokens, features, classes = ALL_HEADS[problem]
+    losses = OURS | {name: (loss, jnp.dtype(jnp.bfloat16)) for name, loss in peers_of_a_head().items()}
+    return [
+        Case(problem, name, gradients(loss), head(features, classes, dtype, tokens))
+        for name, (loss, dtype) in losses.items()
+    ]
+
+
+# --- Logits ------------------------------------------------------------------------------------------------------
 
 
 def logits(dtype=jnp.bfloat16, shape=LOGITS) -> tuple:
@@ -68,3 +127,29 @@ def mean_loss_with_every_option(logits, labels, class_weights, where):
         logit_cap=30.0,
         z_loss=1e-4,
     ).mean()
+
+
+def mean_of_every_statistic(logits, labels):
+    """Of those that have a derivative."""
+    found = jaxce.label_statistics(logits, labels)
+    return (found.log_prob + found.log_normalizer + found.entropy).mean()
+
+
+def cases_of_logits(problem: str) -> list[Case]:
+    dtype = LOGITS_DTYPES[problem]
+    z, labels, class_weights, where = logits(dtype)
+    integer: tuple = (z, labels, class_weights, where)
+    dense: tuple = (z, z)
+    losses: dict[str, tuple[Callable, tuple]] = {
+        "jaxce": (mean_loss, integer),
+        "jaxce, every option": (mean_loss_with_every_option, integer),
+        "jaxce, dense targets": (lambda z, t: jaxce.softmax_cross_entropy(z, t).mean(), dense),
+        "jaxce, statistics": (mean_of_every_statistic, (z, labels)),
+    }
+    if installed("optax"):
+        import optax
+
+        with_labels = optax.softmax_cross_entropy_with_integer_labels
+        losses["optax"] = lambda z, y, *_: with_labels(z, y).mean(), integer
+        losses["optax, dense targets"] = lambda z, t: optax.softmax_cross_entropy(z, t).mean(), dense
+    return [Case(problem, name, jax.value_and_grad(loss), arguments) for name, (loss, arguments) in losses.items()]

@@ -53,6 +53,10 @@ def compiled(f: Callable, arguments: Any, target: str) -> Any:
     return jax.jit(f).lower(*there).compile()
 
 
+def temp_mib_of(program: Any) -> float:
+    """What a compiled program needs beside its inputs and outputs, in MiB."""
+    return program.memory_analysis().temp_size_in_bytes / 2**20
+
+
 def temp_mib(f: Callable, arguments: Any, target: str) -> float:
-    """What it needs beside its inputs and outputs, in MiB."""
-    return compiled(f, arguments, target).memory_analysis().temp_size_in_bytes / 2**20
+    return temp_mib_of(compiled(f, arguments, target))
