@@ -90,8 +90,8 @@ def transposed(pullback: Callable, residuals: Any, tangents: list[Array], like: 
     """
     everything = jax.tree.leaves((residuals, tangents, like))
     zeros, tangents = jax.tree.map(lambda a: varying_as(a, *everything), (jax.tree.map(jnp.zeros_like, like), tangents))
+    residuals = jax.tree.map(lambda a: varying_as(a, *everything), residuals)
     floating = [a for a in jax.tree.leaves(residuals) if jnp.issubdtype(a.dtype, jnp.inexact)]
-    floating = [varying_as(a, *everything) for a in floating]
 
     def push(residuals, t):
         return jax.linear_transpose(functools.partial(pullback, residuals), zeros)(t)[0]
