@@ -61,7 +61,7 @@ def _forward(layer: Layer, shards: ClassShards, max_classes: int, arguments: tup
 
     zeros = varying_as(jnp.zeros(labels.shape, layer.sum_dtype), *jax.tree.leaves(arguments))
     t = None if inputs.others.targets is None else zeros
-    nothing = _rule.single(zeros - jnp.inf, zeros > 0, t, None, False)
+    nothing = _rule.single(zeros - jnp.inf, zeros > 0, t, None)
     nothing = nothing._replace(logit=jnp.where(labels == _labels.INVALID, jnp.nan, zeros))
     s = over_classes(step, nothing, layer.classes // layer.parts, max_classes)
     return _rule.row_of(shards.joined(s)), None

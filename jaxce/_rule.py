@@ -64,16 +64,14 @@ def finite(m: Array) -> Array:
     return jnp.where(jnp.isneginf(m), 0, m)
 
 
-def single(z: Array, at_label: Array | None, t: Array | None, ids: Array | None, moment: bool) -> Sums:
-    """The `Sums` of each class by itself."""
-    left_out = jnp.isneginf(z) if at_label is None else jnp.isneginf(z) | at_label
-    rest = jnp.where(left_out, -1, 0) if at_label is None else jnp.where(left_out, 0, 1)
-    infinite = None if t is None else jnp.where(jnp.isneginf(z) & (t != 0), jnp.sign(t) * jnp.inf, 0)  # 0·log 0 = 0
-    logit = None if at_label is None else jnp.where(at_label, z, 0)
-    return Sums(z, rest.astype(z.dtype), logit, t, infinite, jnp.zeros_like(z) if moment else None, ids)
+def single(z: Array, at_label: Array | None, t: Array | None, ids: Array | None) -> Sums:
+    """The `Sums` of each class by itself; with `ids`, also what the entropy and the arg max need."""
+    zero = jnp.zeros_like(z)
+    rest, logit = (zero, None) if at_label is None else (jnp.where(at_label, zero, 1), jnp.where(at_label, z, 0))
+    return Sums(z, rest, logit, t, None if t is None else zero, None if ids is None else zero, ids)
 
 
-def sums(z: Array, m: Array, at_label: Array | None, logit: Array | None, t=None, ids=None, moment=False) -> Sums:
+def sums(z: Array, m: Array, at_label: Array | None, logit: Array | None, t=None, ids=None) -> Sums:
     """The `Sums` of logits z [..., K], given their largest m [...] (for a label, any shift will do)."""
     shift = finite(m[..., None])
     largest, e = z == shift, exp(z - shift)
@@ -84,10 +82,11 @@ def sums(z: Array, m: Array, at_label: Array | None, logit: Array | None, t=None
         # Exactly 0 at the maximum, where LLVM may fuse a product z into the difference; and 0·log 0 = 0.
         mass = jnp.broadcast_to(t.sum(-1), m.shape)
         s = s._replace(mass=mass, distance=_product(t, shift - z, largest | (t == 0)).sum(-1))
-    if moment:
-        nothing = largest | jnp.isneginf(z)
-        s = s._replace(moment=_product(e, shift - z, nothing if at_label is None else nothing | at_label).sum(-1))
-    return s if ids is None else s._replace(first=jnp.where(largest, ids, jnp.iinfo(ids.dtype).max).min(-1))
+    if ids is not None:
+        nothing = largest | jnp.isneginf(z) if at_label is None else largest | jnp.isneginf(z) | at_label
+        first = jnp.where(largest, ids, jnp.iinfo(ids.dtype).max).min(-1)
+        s = s._replace(moment=_product(e, shift - z, nothing).sum(-1), first=first)
+    return s
 
 
 def _product(a: Array, b: Array, zero: Array) -> Array:
@@ -96,15 +95,16 @@ def _product(a: Array, b: Array, zero: Array) -> Array:
 
 
 def about(s: Sums, m: Array) -> Sums:
-    """`s`, about a larger shift m; the class c = argmax that it left out is then counted in `rest`."""
-    d = jnp.where(jnp.isneginf(s.shift), 0, m - s.shift)
+    """`s`, about a larger shift m; the largest class that it left out, if any, is then counted in `rest`."""
+    no_class = jnp.isneginf(s.shift)
+    d = jnp.where(no_class, jnp.inf, m - s.shift)
     scale, total = exp(-d), s.rest + 1 if s.logit is None else s.rest
-    return s._replace(
-        shift=m,
-        rest=scale * total,
-        distance=None if s.distance is None else s.distance + s.mass * d,
-        moment=None if s.moment is None else scale * s.moment + (scale * d) * total,  # in this order: d may be 3e38
-    )
+    s = s._replace(shift=m, rest=scale * total)
+    if s.mass is not None:
+        s = s._replace(distance=s.distance + s.mass * jnp.where(s.mass == 0, 0, d))
+    if s.moment is not None:
+        s = s._replace(moment=scale * s.moment + (scale * jnp.where(no_class, 0, d)) * total)  # so ordered: d may be 3e38
+    return s
 
 
 def joined(a: Sums, b: Sums) -> Sums:

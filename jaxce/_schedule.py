@@ -40,9 +40,16 @@ def class_sums(shards: ClassShards, with_entropy: bool, differentiated: bool, va
 
     def on_accelerators(values, selection):
         z, t = prepared(values, selection)
-        at_label = None if selection.labels is None else is_label(selection.labels, z, shards)
-        s = one_pass(z, at_label, t, class_ids_like(z, shards) if with_entropy else None)
-        return s if s.logit is None else s._replace(logit=_nan_if_invalid(s.logit, selection.labels))
+        ids = class_ids_like(z, shards) if with_entropy else None
+        if selection.labels is None:
+            return one_pass(z, None, t, ids)
+        at_label = is_label(selection.labels, z, shards)
+        if reads_label_in_place(values.logits):
+            s = one_pass(z, at_label, t, ids)
+            return s._replace(logit=_nan_if_invalid(s.logit, selection.labels))
+        s = one_pass(z, at_label, t, ids, with_logit=False)
+        logit = _gathered_logit(values, selection, shards)
+        return s._replace(logit=rounded_alike(logit, s.shift, values.logit_cap))
 
     return by_platform(on_cpu, on_accelerators, values, selection)
 
@@ -59,20 +66,29 @@ def sums_of_block(z: Array, at_label: Array, t: Array | None, ids: Array | None)
     """The `Sums` of a block of logits [..., C] that is not kept."""
 
     def on_cpu(z, at_label, t, ids):
-        return sums(z, z.max(-1), at_label, jnp.where(at_label, z, 0).sum(-1), t, ids, ids is not None)
+        return sums(z, z.max(-1), at_label, jnp.where(at_label, z, 0).sum(-1), t, ids)
 
     return by_platform(on_cpu, one_pass, z, at_label, t, ids)
 
 
-def one_pass(z: Array, at_label: Array | None, t: Array | None, ids: Array | None) -> Sums:
+def one_pass(z: Array, at_label: Array | None, t: Array | None, ids: Array | None, with_logit: bool = True) -> Sums:
     """Symptom: a maximum, sums, a mean target and an entropy are 2 to 5 passes over the logits on GPUs and TPUs.
-    Remedy: one variadic reduce of the `Sums` of single classes. Test: tests/aot, passes over the logits."""
+    Remedy: one variadic reduce of the `Sums` of single classes. Without the label's logit, which may be gathered:
+    XLA for GPUs writes capped logits to memory where two operands of the reduce need them. Test: tests/aot, passes."""
     t, ids = (None if a is None else jnp.broadcast_to(a, z.shape) for a in (t, ids))
     last = None if ids is None else jnp.array(jnp.iinfo(ids.dtype).max, ids.dtype)
-    each = single(z, at_label, t, ids, ids is not None)
     none = (None if a is None else jnp.zeros((), a.dtype) for a in (at_label, t))
-    nothing = single(jnp.full((), -jnp.inf, z.dtype), *none, last, ids is not None)
-    return lax.reduce(each, nothing, joined, (z.ndim - 1,))
+    each, nothing = single(z, at_label, t, ids), single(jnp.full((), -jnp.inf, z.dtype), *none, last)
+    if with_logit or at_label is None:
+        return lax.reduce(each, nothing, joined, (z.ndim - 1,))
+
+    def without_logit(s):
+        return s._replace(logit=None)
+
+    def join(a, b):
+        return without_logit(joined(*(s._replace(logit=jnp.zeros((), z.dtype)) for s in (a, b))))
+
+    return lax.reduce(without_logit(each), without_logit(nothing), join, (z.ndim - 1,))
 
 
 def _separate_passes(shards: ClassShards, with_entropy: bool, arguments: tuple[Values, Selection]) -> Sums:
@@ -85,7 +101,7 @@ def _separate_passes(shards: ClassShards, with_entropy: bool, arguments: tuple[V
         values, logit = label_logit(values, selection, m, shards)
         z, t = prepared(values, selection)
         at_label = is_label(selection.labels, z, shards)
-    return sums(z, m, at_label, logit, t, class_ids_like(z, shards) if with_entropy else None, with_entropy)
+    return sums(z, m, at_label, logit, t, class_ids_like(z, shards) if with_entropy else None)
 
 
 def about_label(arguments: tuple[Values, Selection]) -> tuple[Sums, Array]:
