@@ -20,16 +20,36 @@ from ._schedule import sums_of_block
 from ._sharding import ClassShards, gathered, varying_as
 
 
+def max_classes(layer: Layer, rows: int, block_size: int | None) -> int:
+    """Classes per block of each part. Adding dx up costs R/C of three matmuls for C classes per block.
+
+    R is the device's peak over its bandwidth: 295 on an H100, 240 on a TPU v5e. So C is 2048 there, or more where the
+    float32 logits of a block then still fit in 64 MiB. On CPU they fit in 32 MiB.
+    """
+    if block_size is None:
+        block_size = 2**23 // max(1, rows) if layer.on_cpu else max(2048, 2**24 // max(1, rows))
+    return layer.devices * block_size // layer.parts
+
+
 def class_blocked_rows(layer: Layer, inputs: Inputs, selection: Selection, block_size: int | None, axis_name) -> Row:
     """The numbers of the rows [...] of x [..., D], differentiable with respect to `inputs`.
 
     `inputs.others` is `Values` without logits.
     """
-    rows = selection.labels.size
-    max_classes = layer.devices * (block_size or 2**23 // max(1, rows))  # float32 logits of 32 MiB on each device
-    shards = ClassShards(layer.classes, axis_name)
-    forward = functools.partial(_forward, layer, shards, max_classes // layer.parts)
-    backward = functools.partial(_backward, layer, shards, max_classes // layer.parts)
+    shards, rows = ClassShards(layer.classes, axis_name), selection.labels.size
+
+    def forward(inputs):
+        def on_platform(layer, *inputs):
+            return _forward(layer, shards, max_classes(layer, rows, block_size), *inputs)
+
+        return layer.by_platform(on_platform, *inputs), None
+
+    def backward(inputs, out, g, perturbed):
+        def on_platform(layer, *arguments):
+            return _backward(layer, shards, max_classes(layer, rows, block_size), perturbed[0], *arguments)
+
+        return layer.by_platform(on_platform, *inputs, out, g), None
+
     row, _ = with_backward(forward, backward)((inputs, selection))
     return row
 
@@ -48,8 +68,7 @@ def _block(layer: Layer, shards: ClassShards, inputs: Inputs, selection: Selecti
     return w, jax.tree.map(lambda a: varying_as(a, z), values), selection, ids == selection.labels[..., None]
 
 
-def _forward(layer: Layer, shards: ClassShards, max_classes: int, arguments: tuple[Inputs, Selection]):
-    inputs, selection = arguments
+def _forward(layer: Layer, shards: ClassShards, max_classes: int, inputs: Inputs, selection: Selection) -> Row:
     inputs = inputs._replace(w=gathered(inputs.w, 1 - layer.class_axis))
     labels = selection.labels
 
@@ -57,18 +76,18 @@ def _forward(layer: Layer, shards: ClassShards, max_classes: int, arguments: tup
     def step(total, start, size):
         _, values, block_selection, at_label = _block(layer, shards, inputs, selection, start, size)
         z, t = prepared(values, block_selection)
-        return _rule.joined(total, sums_of_block(z, at_label, t, None))
+        return _rule.joined(total, sums_of_block(layer.on_cpu, z, at_label, t, None))
 
-    zeros = varying_as(jnp.zeros(labels.shape, layer.sum_dtype), *jax.tree.leaves(arguments))
+    zeros = varying_as(jnp.zeros(labels.shape, layer.sum_dtype), *jax.tree.leaves((inputs, selection)))
     t = None if inputs.others.targets is None else zeros
     nothing = _rule.single(zeros - jnp.inf, zeros > 0, t, None)
     nothing = nothing._replace(logit=jnp.where(labels == _labels.INVALID, jnp.nan, zeros))
     s = over_classes(step, nothing, layer.classes // layer.parts, max_classes)
-    return _rule.row_of(shards.joined(s)), None
+    return _rule.row_of(shards.joined(s))
 
 
-def _backward(layer: Layer, shards: ClassShards, max_classes: int, inputs, out: Row, g: Row, perturbed):
-    (inputs, selection), (moves, _) = inputs, perturbed
+def _backward(layer: Layer, shards, max_classes: int, moves: Inputs, inputs: Inputs, selection, out: Row, g: Row):
+    """The gradients of ⟨g, out⟩ with respect to `inputs`, None where `moves` is False."""
     inputs = inputs._replace(w=gathered(inputs.w, 1 - layer.class_axis))
     rows = range(selection.labels.ndim)
     row, g = jax.tree.map(lambda a: a[..., None], (out, g))
@@ -99,9 +118,6 @@ def _backward(layer: Layer, shards: ClassShards, max_classes: int, inputs, out: 
     grads = jax.tree.map(zeros, inputs, moves)
     grads = grads if grads.x is None else grads._replace(x=grads.x.astype(layer.sum_dtype))
 
-    def loop(grads, x_transposed):
-        return over_classes(functools.partial(step, x_transposed), grads, layer.classes // layer.parts, max_classes)
-
-    grads = layer.with_transposed(loop, grads, inputs.x) if moves.w else loop(grads, None)
-    grads = grads if grads.x is None else grads._replace(x=grads.x.astype(inputs.x.dtype))
-    return grads, None
+    step = functools.partial(step, layer.transposed(inputs.x) if moves.w else None)
+    grads = over_classes(step, grads, layer.classes // layer.parts, max_classes)
+    return grads if grads.x is None else grads._replace(x=grads.x.astype(inputs.x.dtype))

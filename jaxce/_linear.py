@@ -25,7 +25,7 @@ from ._class_blocks import class_blocked_rows
 from ._losses import softmax_cross_entropy_with_integer_labels
 from ._matmuls import Inputs, Layer
 from ._options import Options, Selection, Values, combined, with_uniform_targets
-from ._row_blocks import RowBlocks, max_rows, row_parts, sweep_of
+from ._row_blocks import row_parts, sweep_of
 from ._sharding import ClassShards, in_auto, varying_as
 
 Reduction = Literal["mean", "sum", "none"]
@@ -103,23 +103,18 @@ def _fused(loss_fn, reduction, has_aux, class_axis, dtype, block_size, parts=Non
         row_args = jax.tree.map(lambda a: _checks.leading(function, "row_args", jnp.asarray(a), lead), row_args)
         weights, normalizer = _check_weights(function, weights, normalizer, lead, reduction, layer)
 
-        most = layer.devices * (block_size or max_rows(x.shape[-1], layer.classes))
-        rows = RowBlocks.of(lead, parts or row_parts(x), most)
 
         def blocked(x, w, bias, row_args, weights, normalizer):
-            x, row_args = jax.tree.map(rows.split, (x, row_args))
             # In shard_map each shard's own gradients are wanted, of what is the same on all too: they are summed later.
             x = varying_as(x, *jax.tree.leaves(row_args))
             row_args = jax.tree.map(lambda a: varying_as(a, x), row_args)
-            sweep, inputs = sweep_of(function, layer, loss_fn, has_aux, x, w, bias, row_args)
+            row_split = parts or row_parts(x)
+            arguments = row_split, block_size, x, w, bias, row_args
+            sweep, inputs = sweep_of(function, layer, loss_fn, has_aux, *arguments)
             if reduction == "none":
                 losses, aux = with_backward(sweep, lambda inputs, _, g, moves: sweep(inputs, g, moves)[0][1])(inputs)
-                out = rows.join(losses)
-                out = out if weights is None else weights * out
-            else:
-                scale = _row_scale(reduction, weights, normalizer, lead, layer)
-                out, aux = with_gradients(sweep, sweep)(inputs, rows.split(scale, repeat=False))
-            return out, jax.tree.map(rows.join, aux)
+                return losses if weights is None else weights * losses, aux
+            return with_gradients(sweep, sweep)(inputs, _row_scale(reduction, weights, normalizer, lead, layer))
 
         row_axes = len(lead)
         axes = row_axes if reduction == "none" else 0, row_axes

@@ -1,8 +1,10 @@
 """The linear layer z = x·W + b by blocks: its three matmuls, for either layout of W, and loops over its classes."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -28,6 +30,7 @@ class Layer(NamedTuple):
     sum_dtype: jnp.dtype  # float32 or float64
     devices: int  # that XLA may split x and w over
     parts: int  # that the classes are seen as (see `_sharding`)
+    platform: str = "gpu"  # "cpu", "gpu" or "tpu", set by `by_platform`
 
     @classmethod
     def of(cls, function, x, w, bias, class_axis, dtype) -> tuple["Layer", Array, Array, Array | None]:
@@ -46,6 +49,15 @@ class Layer(NamedTuple):
         sums = jnp.dtype(jnp.float64 if operands == jnp.float64 else jnp.float32)
         return cls(classes, class_axis % 2, operands, sums, devices(x, w), parts_of(w, class_axis)), x, w, bias
 
+    @property
+    def on_cpu(self) -> bool:
+        return self.platform == "cpu"
+
+    def by_platform(self, f: Callable[..., Any], *args: Any) -> Any:
+        """`f(layer, *args)`, with the platform that the program is compiled for. Only that branch is compiled."""
+        cpu, gpu, tpu = (functools.partial(f, self._replace(platform=name)) for name in ("cpu", "gpu", "tpu"))
+        return lax.platform_dependent(*args, cpu=cpu, tpu=tpu, default=gpu)
+
     def logits(self, x: Array, w: Array, bias: Array | None) -> Array:
         z = self._dot(x, [x.ndim - 1], w, [1 - self.class_axis])
         return z if bias is None else z + jnp.expand_dims(bias.astype(self.sum_dtype), range(x.ndim - 1))
@@ -54,45 +66,39 @@ class Layer(NamedTuple):
         return self._dot(dz, [dz.ndim - 1], w, [self.class_axis])  # [..., B, D]
 
     def dx_of_few(self, dz: Array, w: Array) -> Array:
-        """dx of a small block, as dxᵀ = w·dzᵀ: 5 to 25 % faster on CPU, in bfloat16 up to 50 %.
+        """dx of a small block; on CPU as dxᵀ = w·dzᵀ: 5 to 25 % faster, in bfloat16 up to 50 %.
 
         The barrier stops XLA from undoing the transpose. For many rows use `dx`: dxᵀ would be an extra large buffer.
         """
-        if self.class_axis == 0:
+        if self.class_axis == 0 or not self.on_cpu:
             return self.dx(dz, w)
         return jnp.moveaxis(lax.optimization_barrier(self._dot(w, [1], dz, [dz.ndim - 1])), 0, -1)
 
     def dw(self, x: Array, dz: Array, x_transposed: Array | None = None, apart: int = 0) -> Array:
-        """Of the rows together, or for each index of the first `apart` axes; faster, on CPU, with `transposed(x)`."""
+        """Of the rows together, or for each index of the first `apart` axes."""
         rows = range(apart, x.ndim - 1)
         if x_transposed is not None and self.class_axis:
             return self._dot(x_transposed, [1], dz.reshape(-1, dz.shape[-1]), [0])
         return self._dot(x, rows, dz, rows, apart) if self.class_axis else self._dot(dz, rows, x, rows, apart)
 
-    def transposed(self, x: Array) -> Array:
-        """[D, rows], to be made before a loop.
+    def transposed(self, x: Array) -> Array | None:
+        """On CPU, xᵀ [D, rows] for `dw`, to be made before a loop; None elsewhere, where it is a copy of x for nothing.
 
         On CPU, a transposed operand costs float32 a fifth of its speed and bfloat16 half: it is then multiplied in
         float32, or not at all, as some matmuls of a vmapped loss are not implemented. XLA would make the transpose part
         of the matmul; the barrier stops it.
         """
+        if not self.on_cpu or self.devices > 1:
+            return None
         return lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T.astype(self.operand_dtype))
 
-    def with_transposed(self, loop: Callable[[Any, Array | None], Any], carry: Any, x: Array) -> Any:
-        """`loop(carry, x_transposed)`, with None for it on accelerators and on several devices: there it is a copy of x
-        for nothing."""
-        if self.devices > 1:
-            return loop(carry, None)
-        return lax.platform_dependent(
-            carry, x, cpu=lambda carry, x: loop(carry, self.transposed(x)), default=lambda carry, x: loop(carry, None)
-        )
-
     def add_dw(self, total: Array, x: Array, dz: Array) -> Array:
-        """total + dw(x, dz), in place and tile by tile: updated at once, the update would be a buffer of W's size.
+        """total + dw(x, dz). On CPU in place and tile by tile: at once, the update would be a buffer of w's size.
 
-        But at once where several devices may hold the classes: tiles would not be where they are.
+        On accelerators the sum is the matmul's epilogue, or one pass; 1002 tiles of a head of 128,256 classes were as
+        many matmuls bound by reading x. On several devices tiles would not be where their classes are.
         """
-        if self.devices > 1:
+        if not self.on_cpu or self.devices > 1:
             return total + self.dw(x, dz, apart=total.ndim - 2)
 
         x_transposed = self.transposed(x)
@@ -136,6 +142,24 @@ class Layer(NamedTuple):
     def _dot(self, a: Array, a_axes: Sequence[int], b: Array, b_axes: Sequence[int], apart: int = 0) -> Array:
         a, b, both = a.astype(self.operand_dtype), b.astype(self.operand_dtype), range(apart)
         return lax.dot_general(a, b, ((a_axes, b_axes), (both, both)), preferred_element_type=self.sum_dtype)
+
+
+def scan_blocks(layer: Layer, block: Callable[..., Any], start: Any, slices: Any) -> Any:
+    """`lax.scan`. On GPUs the first block comes before the loop: dw then starts from it, not from zeros.
+
+    XLA leaves out the sum with zeros, but not the pass over memory that makes them: 2 % of a head's time on an H100.
+    The barrier has the loop reuse the first block's memory. For TPUs XLA does not, and would hold its logits twice.
+    """
+    if layer.platform != "gpu" or jax.tree.leaves(slices)[0].shape[0] < 2:
+        return lax.scan(block, start, slices)
+    totals, first = block(start, jax.tree.map(lambda a: a[0], slices))
+    totals, first, slices = lax.optimization_barrier((totals, first, slices))
+
+    def at(totals, i):  # by an index: slices[1:] would be a copy
+        return block(totals, jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), slices))
+
+    totals, rest = lax.scan(at, totals, jnp.arange(1, jax.tree.leaves(slices)[0].shape[0]))
+    return totals, jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
 
 
 DW_TILE = 2**19  # numbers: 2 MiB of sums, which stay in the caches

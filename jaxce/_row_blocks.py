@@ -5,14 +5,11 @@ For a block of B rows x, logits z = x·W + b, a row-wise loss ℓ, and the losse
     dx = δ·Wᵀ        dW = Σ_blocks xᵀ·δ        db = Σ_rows δ
 
 `sweep` is this loop. It differentiates ℓ with `jax.vjp` and knows nothing else of it.
-
-Every block reads all of W and updates all of dW, which costs about 19/B of the matmuls' time, so B should not be below
-128. Beyond 512 little is gained. In between, B is the largest for which a block's float32 logits fit in 64 MiB and in
-two thirds of what W takes. It is then made smaller to split the rows evenly.
 """
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,12 +18,23 @@ from jax import Array, lax
 
 from . import _checks
 from ._autodiff import of_perturbed
-from ._matmuls import Inputs, Layer
+from ._matmuls import Inputs, Layer, scan_blocks
 from ._sharding import gathered, parts_of, varying_as
 
 
-def max_rows(features: int, classes: int) -> int:
-    return min(512, max(128, min(2**24 // classes, 2 * features // 3)))
+def max_rows(layer: Layer, features: int) -> int:
+    """Rows per block, B. Every block reads all of W, and reads and writes all of dW in float32.
+
+    On a CPU that is 19/B of the matmuls' time, so that B is at least 128. Beyond 512 little is gained. In between, the
+    float32 logits of a block fit in 64 MiB, and in two thirds of what W takes.
+
+    On accelerators it is (4/3)·R/B of three matmuls, for a device whose peak is R times its bandwidth: 295 on an H100
+    and 240 on a TPU v5e; less where it is the matmul's epilogue. And a matmul of fewer than R rows is bound by reading
+    W. B is 1024: of 2048 rows, a twentieth faster, the float32 logits alone would take 1 GiB for 128,256 classes.
+    """
+    if layer.on_cpu:
+        return min(512, max(128, min(2**24 // layer.classes, 2 * features // 3)))
+    return 1024
 
 
 def row_parts(x: Array) -> tuple[int, ...]:
@@ -79,12 +87,35 @@ class RowBlocks(NamedTuple):
         return jnp.moveaxis(a, range(axes), range(0, 2 * axes, 2)).reshape(*self.lead, *rest)
 
 
-def sweep_of(function: str, layer: Layer, loss_fn, has_aux: bool, x, w, bias, rows) -> tuple[Any, Inputs]:
+class Plan(NamedTuple):
+    """How one kind of device goes through the rows."""
+
+    blocks: RowBlocks
+    block_loss: Callable  # (consts, logits, *rows) -> (losses, aux) of one block
+
+
+def sweep_of(
+    function: str, layer: Layer, loss_fn, has_aux: bool, parts, block_size: int | None, x, w, bias, rows
+) -> tuple[Callable[..., Any], Inputs]:
     """`sweep` of this loss, and the inputs to run it on.
 
     The loss is made a function of what it closes over too, which the rules of differentiation could not see otherwise.
     (`jax.closure_convert` does so for floating tracers only; a closed-over integer tracer would leak.)
     """
+    consts: list[Any] = []
+
+    def plan(layer: Layer) -> Plan:
+        most = layer.devices * (block_size or max_rows(layer, x.shape[-1]))
+        blocks = RowBlocks.of(x.shape[:-1], parts, most)
+        return Plan(blocks, _hoisted(function, layer, loss_fn, has_aux, blocks, (x, w, bias, rows), consts))
+
+    plans = {"cpu": plan(layer._replace(platform="cpu")), "gpu": plan(layer)}
+    plans["tpu"] = plans["gpu"]
+    return functools.partial(sweep, layer, plans), Inputs(x, w, bias, (rows, list(map(jnp.asarray, consts))))
+
+
+def _hoisted(function, layer: Layer, loss_fn, has_aux: bool, blocks: RowBlocks, arguments, consts: list) -> Callable:
+    """The loss of one block as a function of `consts` too, to which is added what it closes over."""
 
     def block_loss(logits, *rows):
         losses, aux = loss_fn(logits, *rows) if has_aux else (loss_fn(logits, *rows), None)
@@ -96,48 +127,61 @@ def sweep_of(function: str, layer: Layer, loss_fn, has_aux: bool, x, w, bias, ro
         return losses.astype(layer.sum_dtype), aux
 
     def of_one_block(x, w, bias, rows):
-        x, rows = jax.tree.map(lambda a: a[first], (x, rows))
+        first = (0,) * (1 + len(blocks.part_axes))
+        x, rows = jax.tree.map(lambda a: blocks.split(a)[first], (x, rows))
         return layer.logits(x, w, bias), *rows
 
-    first = (0,) * (x.ndim - 2)
-
     # Not built from shapes and dtypes: inside shard_map and Explicit meshes, types say more than these.
-    block = jax.eval_shape(of_one_block, x, w, bias, rows)
+    block = jax.eval_shape(of_one_block, *arguments)
     closed, shapes = jax.make_jaxpr(block_loss, return_shape=True)(*block)
-    treedef = jax.tree.structure(shapes)
+    treedef, known = jax.tree.structure(shapes), list(map(id, consts))
+    new = [c for c in closed.consts if id(c) not in known]
+    consts += new
+    places = [list(map(id, consts)).index(id(c)) for c in closed.consts]
 
     def hoisted(consts, logits, *rows):
         from jax.extend import core  # here, as on newer jax it imports Pallas: half the import time of this package
 
-        outs = core.jaxpr_as_fun(closed.replace(consts=consts))(*jax.tree.leaves((logits, rows)))
+        outs = core.jaxpr_as_fun(closed.replace(consts=[consts[i] for i in places]))(*jax.tree.leaves((logits, rows)))
         return jax.tree.unflatten(treedef, outs)
 
-    return functools.partial(sweep, layer, hoisted), Inputs(x, w, bias, (rows, list(map(jnp.asarray, closed.consts))))
+    return hoisted
 
 
-def sweep(layer: Layer, block_loss, inputs: Inputs, g: Any = None, perturbed: Any = None):
-    """((losses [n, *parts, B], gradients), aux): the gradients of Σ g·losses, with None for what is not `perturbed`.
+def sweep(layer: Layer, plans: dict[str, Plan], inputs: Inputs, g: Any = None, perturbed: Any = None):
+    """((losses [...], gradients), aux): the gradients of Σ g·losses, with None for what is not `perturbed`.
 
-    Without g, (losses, aux). In `inputs`, x is [n, *parts, B, D], and the others are row arguments
-    [n, *parts, B, ...] and a list of the arrays that the loss closes over.
+    Without g, (losses, aux). In `inputs`, x is [..., D], and the others are row arguments [..., any] and a list of the
+    arrays that the loss closes over.
     """
-    inputs = inputs._replace(w=gathered(inputs.w.astype(layer.operand_dtype), 1 - layer.class_axis))
-    rows, consts = inputs.others
-    parts = inputs.x.shape[1:-2]
+
+    def on_platform(layer, inputs, g):
+        return _sweep(layer, plans[layer.platform], perturbed, inputs, g)
+
+    return layer.by_platform(on_platform, inputs, g)
+
+
+def _sweep(layer: Layer, plan: Plan, perturbed: Any, inputs: Inputs, g: Any):
+    blocks, block_loss = plan
+    w, (rows, consts) = gathered(inputs.w.astype(layer.operand_dtype), 1 - layer.class_axis), inputs.others
+    x, rows = jax.tree.map(blocks.split, (inputs.x, rows))
+    split = Inputs(x, w, inputs.bias, (rows, consts))
+    parts = blocks.part_axes
     for _ in parts:
         block_loss = jax.vmap(block_loss, (None, *[0] * (1 + len(rows))))
     if g is None:
-        return _losses(layer, block_loss, inputs)
+        return jax.tree.map(blocks.join, _losses(layer, block_loss, split))
 
-    like = _varying_as_losses(layer, block_loss, inputs)
+    like = _varying_as_losses(layer, block_loss, split)
     _check_constants(consts, perturbed.others[1], like)
     # Where parts may be on different devices each has its own sums, which are added up, and so communicated, once.
     apart = [p for i, p in enumerate(parts) if math.prod(parts[: i + 1]) <= layer.devices]
+    g = blocks.split(g, repeat=False)
     start = _zero_totals(layer, inputs, g, perturbed, apart)
-    block = functools.partial(_block, layer, block_loss, inputs, perturbed, like, len(apart))
+    block = functools.partial(_block, layer, block_loss, split, perturbed, like, len(apart))
     # Where the sweep is itself differentiated, the checkpoint keeps the residuals of a block from being stacked.
-    totals, out = lax.scan(jax.checkpoint(block, prevent_cse=False), start, (inputs.x, rows, g))
-    (dw, dbias, dconsts), (losses, aux, dx, drows) = totals, out
+    totals, out = scan_blocks(layer, jax.checkpoint(block, prevent_cse=False), start, (x, rows, g))
+    (dw, dbias, dconsts), (losses, aux, dx, drows) = totals, jax.tree.map(blocks.join, out)
 
     def added(total, a):  # over the parts
         return None if total is None else total.sum(range(len(apart))).astype(a.dtype)
@@ -185,7 +229,6 @@ def _block(layer: Layer, block_loss, inputs: Inputs, perturbed: Inputs, like: Ar
     return (dw, dbias, dconsts), (losses, aux, dx, drows)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def _varying_as_losses(layer: Layer, block_loss, inputs: Inputs) -> Array:
     """A zero that in `jax.shard_map` varies over the mesh axes that the losses vary over; nothing else is computed."""
     rows, consts = inputs.others

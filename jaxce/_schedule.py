@@ -62,13 +62,11 @@ def by_platform(on_cpu: Callable[..., Any], on_accelerators: Callable[..., Any],
     return jax.tree.map(functools.partial(jnp.where, cpu), on_cpu(*args), on_accelerators(*args))
 
 
-def sums_of_block(z: Array, at_label: Array, t: Array | None, ids: Array | None) -> Sums:
+def sums_of_block(on_cpu: bool, z: Array, at_label: Array, t: Array | None, ids: Array | None) -> Sums:
     """The `Sums` of a block of logits [..., C] that is not kept."""
-
-    def on_cpu(z, at_label, t, ids):
-        return sums(z, z.max(-1), at_label, jnp.where(at_label, z, 0).sum(-1), t, ids)
-
-    return by_platform(on_cpu, one_pass, z, at_label, t, ids)
+    if not on_cpu:
+        return one_pass(z, at_label, t, ids)
+    return sums(z, z.max(-1), at_label, jnp.where(at_label, z, 0).sum(-1), t, ids)
 
 
 def one_pass(z: Array, at_label: Array | None, t: Array | None, ids: Array | None, with_logit: bool = True) -> Sums:
