@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxce
 
-from .oracle import assert_close
+from ..helpers.oracle import assert_close
 
 N, K = 5, 8
 LABELS = jnp.array([0, 3, 7, 2, 2])

@@ -7,7 +7,7 @@ import pytest
 
 import jaxce
 
-from .oracle import assert_close
+from ..helpers.oracle import assert_close
 
 integer_loss, dense_loss = jaxce.softmax_cross_entropy_with_integer_labels, jaxce.softmax_cross_entropy
 Z = jnp.array([[1.0, 2.0, 3.0]])

@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 import jaxce
 
-from .collectives import collectives
-from .oracle import assert_close
+from ..collectives import collectives
+from ..helpers.oracle import assert_close
 
 N, D, K = 20, 12, 134  # 5 rows and 67 classes on each of 4 × 2 devices
 WORLDS = pytest.mark.parametrize("world", ["jit", "Explicit", "shard_map"])

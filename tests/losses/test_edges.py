@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxce
 
-from .oracle import assert_close
+from ..helpers.oracle import assert_close
 
 integer_loss = jaxce.softmax_cross_entropy_with_integer_labels
 dense_loss = jaxce.softmax_cross_entropy

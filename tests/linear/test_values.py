@@ -12,7 +12,7 @@ import pytest
 
 from jaxce import fused_linear, linear_cross_entropy
 
-from .oracle import BF16_LOOPS, NO_BF16_LOOPS, TOLERANCE
+from ..helpers.oracle import BF16_LOOPS, NO_BF16_LOOPS, TOLERANCE
 
 IGNORED = -100
 BLOCKED_OVER = pytest.mark.parametrize("recompute", [False, True], ids=["rows", "classes"])

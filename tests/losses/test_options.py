@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 import jaxce
 from jaxce import reference
 
-from .oracle import assert_close
+from ..helpers.oracle import assert_close
 
 integer_loss = jaxce.softmax_cross_entropy_with_integer_labels
 dense_loss = jaxce.softmax_cross_entropy

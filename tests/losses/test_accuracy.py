@@ -10,7 +10,7 @@ import pytest
 
 import jaxce
 
-from . import oracle
+from ..helpers import oracle
 
 FORMS = ("integer", "dense")
 seeds = pytest.mark.parametrize("seed", [0, 1], ids="seed{}".format)

@@ -11,7 +11,7 @@ from jax.test_util import check_grads
 
 import jaxce
 
-from . import oracle
+from ..helpers import oracle
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 import jaxce
 
-from .collectives import collectives
-from .oracle import assert_close
+from ..collectives import collectives
+from ..helpers.oracle import assert_close
 
 IGNORED = -100
 FEATURES = 12

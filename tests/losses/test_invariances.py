@@ -9,7 +9,7 @@ import pytest
 
 import jaxce
 
-from .oracle import assert_close
+from ..helpers.oracle import assert_close
 
 N, K = 6, 7
 LABELS = jnp.array([0, 3, 6, 2, 2, 5])

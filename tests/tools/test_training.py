@@ -9,7 +9,7 @@ import pytest
 
 import jaxce
 
-from . import oracle
+from ..helpers import oracle
 
 optax = pytest.importorskip("optax")
 

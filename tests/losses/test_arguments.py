@@ -10,7 +10,7 @@ import pytest
 
 import jaxce
 
-from . import oracle
+from ..helpers import oracle
 
 LOSSES = {"integer": jaxce.softmax_cross_entropy_with_integer_labels, "dense": jaxce.softmax_cross_entropy}
 forms = pytest.mark.parametrize("form", LOSSES)

@@ -9,7 +9,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jaxce
 from jaxce import _cache_blocks, _softmax
 
-from . import oracle, test_accuracy, test_autodiff_modes, test_statistics
+from ..helpers import oracle
+from ..losses import test_accuracy, test_differentiation, test_statistics
 
 integer_loss = jaxce.softmax_cross_entropy_with_integer_labels
 
@@ -49,15 +50,15 @@ class TestInBlocks:
 @pytest.mark.parametrize("variable", ["logits of labels", "logits and dense"])
 @pytest.mark.parametrize("mode", ["value_and_grad", "jvp", "grad of jvp", "rev rev"])
 def test_modes(mode, variable):
-    modes = {**test_autodiff_modes.FIRST, **test_autodiff_modes.HIGHER}
-    test_autodiff_modes.assert_same(modes[mode], variable, lambda losses: lambda v: losses(v) ** 3)
+    modes = {**test_differentiation.FIRST, **test_autodiff_modes.HIGHER}
+    test_differentiation.assert_same(modes[mode], variable, lambda losses: lambda v: losses(v) ** 3)
 
 
 @in_blocks
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("form", ["integer", "dense"])
 def test_vmap(form):
-    test_autodiff_modes.test_vmap_is_the_batched_loss(form, (1, None), 1)
+    test_differentiation.test_vmap_is_the_batched_loss(form, (1, None), 1)
 
 
 # ------------------------------------------------------------------------------------------- blocks and the whole alike

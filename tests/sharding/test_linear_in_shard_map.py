@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxce import fused_linear, linear_cross_entropy, softmax_cross_entropy_with_integer_labels
 
-from .oracle import assert_close
+from ..helpers.oracle import assert_close
 
 N, D, K = 12, 5, 24
 IGNORED = -100

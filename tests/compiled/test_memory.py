@@ -11,7 +11,7 @@ import pytest
 
 import jaxce
 
-from . import oracle
+from ..helpers import oracle
 
 LARGE = (1024, 50257)
 MIB = 2**20
