@@ -126,11 +126,14 @@ def assert_same_in_mode(
     assert_all_close(got, wanted, **tolerance)
 
 
-def cases(*tables: Iterable[str], quick: Container[tuple[str, ...]]) -> list:
-    """The product of the tables' names, as parameters. What is not quick is slow."""
+def cases(*tables: Iterable[Any], quick: Container[tuple]) -> list:
+    """The product of the tables' names, as parameters. What is not in `quick` is slow."""
     return named(itertools.product(*tables), quick=quick)
 
 
-def named(names: Iterable[tuple[str, ...]], *, quick: Container[tuple[str, ...]]) -> list:
-    """These tuples of names, as parameters. What is not quick is slow."""
-    return [pytest.param(*case, marks=() if case in quick else pytest.mark.slow, id="-".join(case)) for case in names]
+def named(names: Iterable[tuple], *, quick: Container[tuple]) -> list:
+    """These tuples of names (or of numbers), as parameters. What is not in `quick` is slow."""
+    return [
+        pytest.param(*case, marks=() if case in quick else pytest.mark.slow, id="-".join(map(str, case)))
+        for case in names
+    ]

@@ -1,13 +1,13 @@
 """Rows of logits and their targets, the options of the losses, and the one way to take a loss and its gradient."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 import jaxce
 
@@ -57,7 +57,7 @@ def head(
     return jnp.asarray(x, dtype), jnp.asarray(w, dtype), jnp.asarray(rng.integers(classes, size=rows), jnp.int32)
 
 
-def option_values(classes: int, class_weights: ArrayLike | None = None) -> dict[str, Any]:
+def option_values(classes: int, class_weights: Sequence[float] | None = None) -> dict[str, Any]:
     """A value of every option that takes part in the arithmetic."""
     weights = np.linspace(0.5, 2, classes) if class_weights is None else class_weights
     return {
@@ -68,7 +68,7 @@ def option_values(classes: int, class_weights: ArrayLike | None = None) -> dict[
     }
 
 
-def option_sets(classes: int, class_weights: ArrayLike | None = None) -> dict[str, dict[str, Any]]:
+def option_sets(classes: int, class_weights: Sequence[float] | None = None) -> dict[str, dict[str, Any]]:
     """No option, each alone, and all together."""
     values = option_values(classes, class_weights)
     return {name: {option: values[option] for option in options} for name, options in OPTION_SETS.items()}
