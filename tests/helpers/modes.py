@@ -52,6 +52,12 @@ def grad_of_grad(f: Function, v) -> object:
     return jax.grad(squares)(v)
 
 
+def grad_along(f: Function, v, s) -> jax.Array:
+    """The slope of `f` in the direction s, in reverse mode; unlike the squares it is linear in `f`."""
+    gradient = jax.grad(scalar(f))(v)
+    return jnp.stack([(g * t).sum() for g, t in zip(*map(jax.tree.leaves, (gradient, s)), strict=True)]).sum()
+
+
 def scanned(f: Function) -> Function:
     """A scan whose steps take their point from the carry, and from outside."""
 
@@ -77,6 +83,7 @@ MODES: dict[str, Mode] = {
     "jvp of grad": lambda f, v, s: jax.jvp(jax.grad(scalar(f)), (v,), (s,)),
     "grad of jvp": lambda f, v, s: jax.grad(lambda v: jax.jvp(scalar(f), (v,), (s,))[1])(v),
     "grad of grad": lambda f, v, s: grad_of_grad(f, v),
+    "grad of slope": lambda f, v, s: jax.grad(lambda v: grad_along(f, v, s))(v),
     # Second order.
     "hessian of a number": lambda f, v, s: jax.hessian(scalar(f))(v),
     "jacfwd of jacfwd": lambda f, v, s: jax.jacfwd(jax.jacfwd(f))(v),

@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ..helpers import assert_close, dense_loss, integer_loss, logits, loss_and_gradient, option_sets
+from ..helpers import (
+    assert_close,
+    dense_loss,
+    integer_loss,
+    logits,
+    loss_and_gradient,
+    option_sets,
+    probabilities,
+    with_gradient,
+)
 
 N, K = 4, 5
 OPTIONS = option_sets(K, class_weights=[0.0, 0.5, 1.0, 2.0, 3.0])
@@ -132,6 +141,23 @@ def test_minus_inf_logits_without_target_leave_the_gradient_of_options_finite(de
         assert got[2] == 0
     np.testing.assert_allclose(got, wanted, 1e-5)
     assert np.abs(wanted).max() > 0.1
+
+
+def test_gradient_of_a_zero_target_at_minus_inf_is_zero():
+    """Not −log 0 = +inf: such a class counts for nothing, in forward mode too."""
+    z, t = logits(N, K), probabilities(N, K).at[:, 2].set(0)
+    rest = np.array([0, 1, 3, 4])
+
+    def rate_and_gradient(z, t):
+        direction = jnp.ones_like(t)
+        rate = jax.jvp(lambda t: dense_loss(z, t), (t,), (direction,))[1]
+        return rate, with_gradient(lambda t: dense_loss(z, t), t)[1]
+
+    rate, gradient = rate_and_gradient(z.at[:, 2].set(-jnp.inf), t)
+    wanted_rate, wanted = rate_and_gradient(z[:, rest], t[:, rest])
+    assert (gradient[:, 2] == 0).all()
+    assert_close(gradient[:, rest], wanted, "float32")
+    assert_close(rate, wanted_rate, "float32")
 
 
 def test_logit_cap_makes_infinite_logits_finite():

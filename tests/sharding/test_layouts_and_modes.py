@@ -172,7 +172,8 @@ def test_every_mode(world, form):
     assert_all_close(got, wanted, factor=16)
 
 
-IN_BODY = ("value_and_grad", "jvp of grad", "grad of grad", "vmap of grad")
+# Those that are linear in the losses: shards of the rows are added up.
+IN_BODY = ("value_and_grad", "jvp of grad", "grad of slope", "vmap of grad")
 
 
 @pytest.mark.parametrize("form", ["logits", "rows", "classes"])
@@ -265,6 +266,15 @@ def test_any_loss_on_an_explicit_mesh():
         typed = [jax.typeof(a).sharding.spec for a in (aux["best"], aux["first"], *gradients)]
         assert typed == [P("data"), P("data", None), specs[0], specs[1], specs[3]]
         assert jax.typeof(losses).sharding.spec == (P() if reduction == "mean" else P("data"))
+
+
+def test_a_loss_cannot_close_over_arrays_of_an_explicit_mesh():
+    """It sees Auto axes; row arguments are converted, what is closed over cannot be."""
+    specs = (P("data", None), P(None, "model"), P("data"), P("model"))
+    x, w, labels, scale = placed(mesh(AxisType.Explicit), (*head(N, D, K), logits(K)), specs)
+    loss = jaxce.fused_linear(lambda z, y: integer_loss(z * scale[None], y))
+    with pytest.raises(ValueError, match="mesh"):
+        jax.jit(loss)(x, w, labels)
 
 
 def test_types_keep_the_sum_of_dw_a_shard_in_size():
