@@ -169,7 +169,7 @@ def test_every_option_in_every_mode(form, options, mode):
     assert_same_in_mode(mode, of(jaxce), of(jaxce.reference), vector, factor=4)
 
 
-# ----------------------------------------------------------------------------------------------- checks without a table
+# --------------------------------------------------------------------------------------------- check_grads and float32
 
 
 @pytest.mark.parametrize("variable", VARIABLES)
