@@ -100,6 +100,7 @@ def prepared(values: Values, selection: Selection) -> tuple[Array, Array | None]
         return z, None
 
     t = values.targets.astype(z.dtype)
+    t = jnp.broadcast_to(t, (*t.shape[:-1], z.shape[-1]))
     t = t if mask is None else jnp.where(mask, t, 0)
     t = t if values.target_scale is None else values.target_scale * t + values.target_floor
     if values.class_weights is not None:  # an infinite weight of a class without target counts for nothing

@@ -1,6 +1,5 @@
 """Sharded: what is exchanged over classes, other layouts of x and w, statistics, every mode, uneven shards."""
 
-import itertools
 from functools import partial
 from typing import Any
 
@@ -9,54 +8,54 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxce
 
-from .collectives import collectives
-from .oracle import assert_close
+from ..collectives import collectives
+from ..helpers import (
+    MODES,
+    assert_all_close,
+    assert_close,
+    cases,
+    compiled,
+    head,
+    integer_loss,
+    logits,
+    mesh_of,
+    on_shards,
+    placed,
+    temp_bytes,
+    text_of,
+)
 
 N, D, K = 20, 12, 134  # 5 rows and 67 classes on each of 4 × 2 devices
-WORLDS = pytest.mark.parametrize("world", ["jit", "Explicit", "shard_map"])
+WORLDS = ("jit", "Explicit", "shard_map")
+each_world = pytest.mark.parametrize("world", WORLDS)
 
 
-def mesh_of(axis_type=AxisType.Auto):
-    assert len(jax.devices()) == 8
-    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
+def mesh(axis_type: AxisType = AxisType.Auto):
+    return mesh_of((4, 2), ("data", "model"), axis_type)
 
 
-def problem(*rows: int):
-    rng = np.random.default_rng(0)
-    x, w = rng.standard_normal((*rows, D)), rng.standard_normal((D, K)) / D**0.5
-    return jnp.asarray(x, "float32"), jnp.asarray(w, "float32"), jnp.asarray(rng.integers(K, size=rows), "int32")
-
-
-def in_world(world: str, f, *arrays_and_specs):
+def in_world(world: str, f, arrays: tuple, specs: tuple):
     """`f(*arrays, axis_name=…)`, a number for each row, as a function of the arrays; and the arrays, placed."""
-    mesh = mesh_of(AxisType.Explicit if world == "Explicit" else AxisType.Auto)
-    arrays, specs = zip(*arrays_and_specs, strict=True)
-    placed = tuple(jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(arrays, specs, strict=True))
+    devices = mesh(AxisType.Explicit if world == "Explicit" else AxisType.Auto)
+    arrays = placed(devices, arrays, specs)
     if world != "shard_map":
-        return partial(f, axis_name=None), placed
-    mapped: Any = jax.shard_map(
-        partial(f, axis_name="model"), mesh=mesh, in_specs=specs, out_specs=P("data"), check_vma=True
-    )
-    return mapped, placed
+        return partial(f, axis_name=None), arrays
+    return on_shards(partial(f, axis_name="model"), devices, specs, P("data")), arrays
 
 
-def text_of(f, *arguments) -> str:
-    return jax.jit(f).lower(*arguments).compile().as_text() or ""
-
-
-@WORLDS
+@each_world
 def test_three_numbers_per_row_are_summed_over_classes_and_none_for_the_gradient(world):
-    x, w, labels = problem(N)
+    x, w, labels = head(N, D, K)
 
-    def loss(logits, labels, axis_name):
-        return jaxce.softmax_cross_entropy_with_integer_labels(logits, labels, axis_name=axis_name)
+    def loss(z, labels, axis_name):
+        return integer_loss(z, labels, axis_name=axis_name)
 
-    f, arguments = in_world(world, loss, (x @ w, P("data", "model")), (labels, P("data")))
+    f, arguments = in_world(world, loss, (x @ w, labels), (P("data", "model"), P("data")))
     for function in (f, lambda *v: jax.vjp(lambda z: f(z, v[1]), v[0])[1](v[1].astype(jnp.float32))):
         exchanges = collectives(text_of(function, *arguments))
         assert exchanges and {c.operation for c in exchanges} == {"all-reduce"}
@@ -69,25 +68,25 @@ LAYOUTS = {
     "batch over both": (P(("data", "model"), None, None), P()),
     "FSDP over both": (P(("data", "model"), None, None), P(("data", "model"), None)),
 }
+TIED = ("batch and classes", "batch over both")  # w is [K, D]
+AXIS_TYPES = {"Auto": AxisType.Auto, "Explicit": AxisType.Explicit}
+QUICK_LAYOUTS = {
+    ("batch and sequence", "rows", "Auto"),
+    ("batch and classes", "rows", "Explicit"),
+    ("batch over both", "classes", "Auto"),
+    ("FSDP over both", "classes", "Explicit"),
+}
 
 
 @pytest.mark.parametrize(
-    ("layout", "class_axis", "recompute", "axis_type"),
-    [
-        pytest.param(*case, marks=() if i % 5 == 0 else pytest.mark.slow)
-        for i, case in enumerate(
-            (layout, class_axis, recompute, axis_type)
-            for layout, class_axis in zip(LAYOUTS, [-1, 0, 0, -1], strict=True)
-            for recompute in (False, True)
-            for axis_type in (AxisType.Auto, AxisType.Explicit)
-        )
-    ],
+    "layout, blocked, axis_type", cases(LAYOUTS, ("rows", "classes"), AXIS_TYPES, quick=QUICK_LAYOUTS)
 )
-def test_other_layouts(layout, class_axis, recompute, axis_type):
+def test_other_layouts(layout, blocked, axis_type):
     """Leading axes, and tied embeddings."""
-    x, w, labels = problem(24, 6)
+    x, w, labels = head((24, 6), D, K)
     x, w = jnp.concatenate([x, x], -1)[..., :16], jnp.concatenate([w, w])[:16]
     x_spec, w_spec = LAYOUTS[layout]
+    class_axis, recompute = 0 if layout in TIED else -1, blocked == "classes"
 
     def loss(x, w, labels):
         options = {"class_axis": class_axis, "recompute": recompute, "block_size": 128 if recompute else 2}
@@ -98,12 +97,10 @@ def test_other_layouts(layout, class_axis, recompute, axis_type):
     specs = (x_spec, w_spec, P(*x_spec[:2]))
     gradient = jax.value_and_grad(loss, (0, 1))
     wanted = jax.jit(gradient)(x, w, labels)
-    mesh = mesh_of(axis_type)
-    placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip((x, w, labels), specs, strict=True)]
-    executable = jax.jit(gradient).lower(*placed).compile()
-    for got, truth in zip(jax.tree.leaves(executable(*placed)), jax.tree.leaves(wanted), strict=True):
-        assert np.abs(truth).max() > 0
-        assert_close(got, truth, "float32", factor=4)
+    arguments = placed(mesh(AXIS_TYPES[axis_type]), (x, w, labels), specs)
+    executable = compiled(gradient, *arguments)
+    assert all(np.abs(truth).max() > 0 for truth in jax.tree.leaves(wanted))
+    assert_all_close(executable(*arguments), wanted, factor=4)
     exchanges = collectives(executable.as_text() or "")
     gathers = [c.numbers for c in exchanges if c.operation != "all-reduce"]
     assert gathers == ([w.size] if layout == "FSDP over both" else []), exchanges
@@ -115,45 +112,38 @@ def test_other_layouts(layout, class_axis, recompute, axis_type):
     assert w.size // 2 < summed <= dw + dx + 20 * blocks * rows, exchanges
 
 
-@WORLDS
+@each_world
 def test_label_statistics(world):
-    x, w, labels = problem(N)
+    x, w, labels = head(N, D, K)
     labels = labels.at[::2].set((x @ w).argmax(-1)[::2])
     names = jaxce.LabelStatistics._fields
 
-    def statistics(logits, labels, axis_name):
-        return jnp.stack(
-            [s.astype(jnp.float32) for s in jaxce.label_statistics(logits, labels, axis_name=axis_name)], -1
-        )
+    def statistics(z, labels, axis_name):
+        return jnp.stack([s.astype("float32") for s in jaxce.label_statistics(z, labels, axis_name=axis_name)], -1)
 
-    f, (logits, placed_labels) = in_world(world, statistics, (x @ w, P("data", "model")), (labels, P("data")))
+    f, (placed_logits, placed_labels) = in_world(world, statistics, (x @ w, labels), (P("data", "model"), P("data")))
     wanted, pull = jax.vjp(lambda z: statistics(z, labels, None), x @ w)
-    got = jax.jit(f)(logits, placed_labels)
+    got = jax.jit(f)(placed_logits, placed_labels)
     assert 0 < wanted[:, names.index("correct")].sum() < N
     assert_close(got, wanted, "float32", factor=4)
     for i in range(3):
         g = jnp.zeros_like(wanted).at[:, i].set(1)
-        gradient = jax.jit(jax.grad(lambda z, g=g: jnp.sum(g * f(z, placed_labels))))(logits)
+        gradient = jax.jit(jax.grad(lambda z, g=g: jnp.sum(g * f(z, placed_labels))))(placed_logits)
         assert_close(gradient, pull(g)[0], "float32", factor=4)
 
 
-@pytest.mark.parametrize(
-    ("world", "form"),
-    [
-        pytest.param(world, form, marks=() if i % 4 == 0 else pytest.mark.slow)
-        for i, (world, form) in enumerate(
-            itertools.product(("jit", "Explicit", "shard_map"), ("rows", "classes", "logits"))
-        )
-    ],
-)
+QUICK_MODES = {("jit", "rows"), ("Explicit", "classes"), ("shard_map", "logits")}
+
+
+@pytest.mark.parametrize("world, form", cases(WORLDS, ("rows", "classes", "logits"), quick=QUICK_MODES))
 def test_every_mode(world, form):
     """Forward mode, both second-order compositions and vmap, of a number per row."""
-    x, w, labels = problem(N)
+    x, w, labels = head(N, D, K)
     combine = jnp.sin(jnp.arange(1.0, N + 1))
 
     def losses(x, w, labels, axis_name):
         if form == "logits":
-            return jaxce.softmax_cross_entropy_with_integer_labels(x @ w, labels, axis_name=axis_name)
+            return integer_loss(x @ w, labels, axis_name=axis_name)
         reduction = {"recompute": True, "reduction": "none"}
         if form == "rows":
             mean = jaxce.fused_linear(partial(row_loss, axis_name=axis_name), reduction="none", block_size=1)
@@ -161,51 +151,46 @@ def test_every_mode(world, form):
         return jaxce.linear_cross_entropy(x, w, labels, axis_name=axis_name, **reduction)
 
     def row_loss(logits, labels, axis_name):
-        return jaxce.softmax_cross_entropy_with_integer_labels(logits, labels, axis_name=axis_name)
+        return integer_loss(logits, labels, axis_name=axis_name)
 
     specs = (P("data", None), P(None, "model"), P("data"))
-    f, placed = in_world(world, losses, *zip((x, w, labels), specs, strict=True))
+    f, arguments = in_world(world, losses, (x, w, labels), specs)
 
     def modes(f: Any, x, w, labels):
         def total(w):
             return jnp.sum(combine * f(x, w, labels))
 
-        gradient = jax.grad(total)
-        return {
-            "jvp": jax.jvp(lambda x, w: f(x, w, labels), (x, w), (x, w))[1],
-            "forward over reverse": jax.jvp(gradient, (w,), (w,))[1],
-            "reverse over reverse": jax.grad(lambda w: (gradient(w) ** 2).sum())(w),
-            "vmap": jax.vmap(lambda scale: f(scale * x, w, labels))(jnp.arange(1.0, 3)),
-            "vmap of gradients": jax.vmap(lambda scale: jax.grad(lambda w: total(scale * w))(w))(jnp.arange(1.0, 3)),
+        numbers = ("jvp of grad", "grad of grad", "vmap of grad")
+        return {name: MODES[name](total, w, w) for name in numbers} | {
+            "jvp": MODES["jvp"](lambda v: f(*v, labels), (x, w), (x, w)),
+            "vmap": MODES["vmap"](lambda x: f(x, w, labels), x, x),
         }
 
     wanted = jax.jit(partial(modes, partial(losses, axis_name=None)))(x, w, labels)
-    got = jax.jit(partial(modes, f))(*placed)
-    for mode, truth in wanted.items():
-        assert np.abs(truth).max() > 0
-        assert_close(got[mode], truth, "float32", factor=16)
+    got = jax.jit(partial(modes, f))(*arguments)
+    assert all(np.abs(truth).max() > 0 for truth in jax.tree.leaves(wanted))
+    assert_all_close(got, wanted, factor=16)
+
+
+# Those that are linear in the losses: shards of the rows are added up.
+IN_BODY = ("value_and_grad", "jvp of grad", "grad of slope", "vmap of grad")
 
 
 @pytest.mark.parametrize("form", ["logits", "rows", "classes"])
 def test_modes_inside_shard_map(form):
     """Differentiated, and mapped, by shard_map's body itself: each shard's part of a gradient, summed where asked."""
-    x, w, labels = problem(N)
+    x, w, labels = head(N, D, K)
 
     def total(w, x, labels, axis_name):
         if form == "logits":
-            return jaxce.softmax_cross_entropy_with_integer_labels(x @ w, labels, axis_name=axis_name).sum()
+            return integer_loss(x @ w, labels, axis_name=axis_name).sum()
         options: Any = {"recompute": form == "classes", "reduction": "sum"}
         return jaxce.linear_cross_entropy(x, w, labels, axis_name=axis_name, **options)
 
     def modes(x, w, labels, axis_name):
-        gradient: Any = jax.grad(total)
-        f: Any = partial(total, x=x, labels=labels, axis_name=axis_name)
-        everything = {
-            "grad": gradient(w, x, labels, axis_name),
-            "hessian times w": jax.jvp(lambda w: gradient(w, x, labels, axis_name), (w,), (w,))[1],
-            "grad of grad": jax.grad(lambda w: (gradient(w, x, labels, axis_name) * w).sum())(w),
-            "vmap": jax.vmap(lambda scale: jax.grad(lambda w: f(scale * w))(w))(jnp.arange(1.0, 3)),
-        }
+        f = partial(total, x=x, labels=labels, axis_name=axis_name)
+        everything: Any = {name: MODES[name](f, w, w) for name in IN_BODY}
+        everything["value_and_grad"] = everything["value_and_grad"][1]  # the value is not split, as gradients are
         return everything if axis_name is None else lax.psum(everything, "data")
 
     def on_shard(x, w, labels):
@@ -213,19 +198,17 @@ def test_modes_inside_shard_map(form):
         return modes(x, w, labels, "model")
 
     specs = (P("data"), P(None, "model"), P("data"))
-    outputs = {name: P(None, "model") for name in ("grad", "hessian times w", "grad of grad")}
-    outputs |= {"vmap": P(None, None, "model")}
-    mapped: Any = jax.shard_map(on_shard, mesh=mesh_of(), in_specs=specs, out_specs=outputs, check_vma=True)
+    outputs = {name: P(None, None, "model") if "vmap" in name else P(None, "model") for name in IN_BODY}
+    mapped = on_shards(on_shard, mesh(), specs, outputs)
     wanted, got = jax.jit(partial(modes, axis_name=None))(x, w, labels), jax.jit(mapped)(x, w, labels)
-    for mode, truth in wanted.items():
-        assert np.abs(truth).max() > 0
-        assert_close(got[mode], truth, "float32", factor=16)
+    assert all(np.abs(truth).max() > 0 for truth in jax.tree.leaves(wanted))
+    assert_all_close(got, wanted, factor=16)
 
 
 @pytest.mark.parametrize("form", ["logits", "rows", "classes"])
 def test_uneven_last_shard(form):
     """K is not a multiple of the shards: the classes too many are masked, or have a bias of −inf."""
-    x, w, labels = problem(N)
+    x, w, labels = head(N, D, K)
     classes = K - 3
     labels = labels % classes
     real = jnp.arange(K) < classes
@@ -234,7 +217,7 @@ def test_uneven_last_shard(form):
         if form == "logits":
             where = jnp.broadcast_to(real[None], (x.shape[0], real.size))
             options: Any = {"label_smoothing": 0.1, "z_loss": 0.01, "axis_name": axis_name}
-            return jaxce.softmax_cross_entropy_with_integer_labels(x @ w, labels, where=where, **options)
+            return integer_loss(x @ w, labels, where=where, **options)
         bias = jnp.where(real, 0.0, -jnp.inf)
         options = {"bias": bias, "z_loss": 0.01, "axis_name": axis_name, "reduction": "sum"}
         return jaxce.linear_cross_entropy(x, w, labels, recompute=form == "classes", **options)[None]
@@ -243,29 +226,27 @@ def test_uneven_last_shard(form):
         return lax.psum(total(x, w, labels, real, "model").sum(), "data")
 
     specs = (P("data"), P(None, "model"), P("data"), P("model"))
-    mapped: Any = jax.shard_map(on_shard, mesh=mesh_of(), in_specs=specs, out_specs=P(), check_vma=True)
+    mapped = on_shards(on_shard, mesh(), specs, P())
     got = jax.jit(jax.value_and_grad(mapped, (0, 1)))(x, w, labels, real)
     wanted = jax.value_and_grad(lambda x, w: total(x, w, labels, real[:classes], None).sum(), (0, 1))(x, w[:, :classes])
     assert (got[1][1][:, classes:] == 0).all()
-    got = (got[0], got[1][0], got[1][1][:, :classes])
-    for g, truth in zip(got, jax.tree.leaves(wanted), strict=True):
-        assert np.abs(truth).max() > 0
-        assert_close(g, truth, "float32", factor=4)
+    got = (got[0], (got[1][0], got[1][1][:, :classes]))
+    assert all(np.abs(truth).max() > 0 for truth in jax.tree.leaves(wanted))
+    assert_all_close(got, wanted, factor=4)
 
 
 def test_any_loss_on_an_explicit_mesh():
     """With row arguments, aux and losses per row, which are typed as the rows of x are."""
-    x, w, labels = problem(N)
+    x, w, labels = head(N, D, K)
 
     def loss(logits, labels, scale):
-        losses = jaxce.softmax_cross_entropy_with_integer_labels(logits, labels)
+        losses = integer_loss(logits, labels)
         return scale * losses**2, {"best": logits.argmax(-1), "first": logits[:, :2]}
 
     scale = jnp.linspace(1, 2, N)
-    mesh = mesh_of(AxisType.Explicit)
     specs = (P("data", None), P(None, "model"), P("data"), P("data"))
     arrays = (x, w, labels, scale)
-    placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(arrays, specs, strict=True)]
+    arguments = placed(mesh(AxisType.Explicit), arrays, specs)
     for reduction in ("mean", "none"):
         fused = jaxce.fused_linear(loss, has_aux=True, block_size=1, reduction=reduction)
 
@@ -274,7 +255,7 @@ def test_any_loss_on_an_explicit_mesh():
             return losses.sum(), (losses, aux)
 
         f: Any = jax.jit(jax.value_and_grad(total, (0, 1, 3), has_aux=True))
-        got, wanted = f(*placed), f(*arrays)
+        got, wanted = f(*arguments), f(*arrays)
         for g, truth in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
             assert np.abs(truth).max() > 0
             if g.dtype == jnp.int32:
@@ -287,16 +268,21 @@ def test_any_loss_on_an_explicit_mesh():
         assert jax.typeof(losses).sharding.spec == (P() if reduction == "mean" else P("data"))
 
 
+def test_a_loss_cannot_close_over_arrays_of_an_explicit_mesh():
+    """It sees Auto axes; row arguments are converted, what is closed over cannot be."""
+    specs = (P("data", None), P(None, "model"), P("data"), P("model"))
+    x, w, labels, scale = placed(mesh(AxisType.Explicit), (*head(N, D, K), logits(K)), specs)
+    loss = jaxce.fused_linear(lambda z, y: integer_loss(z * scale[None], y))
+    with pytest.raises(ValueError, match="mesh"):
+        jax.jit(loss)(x, w, labels)
+
+
 def test_types_keep_the_sum_of_dw_a_shard_in_size():
     """Plain jit cannot see which devices split what, and keeps a sum for each device, here all of them on each."""
-    rng = np.random.default_rng(0)
-    x, w = jnp.asarray(rng.standard_normal((64, 64)), "float32"), jnp.zeros((64, 2**15))
+    x, w = logits(64, 64), jnp.zeros((64, 2**15))
     temp = {}
     for axis_type in (AxisType.Auto, AxisType.Explicit):
-        mesh = jax.make_mesh((8,), ("model",), axis_types=(axis_type,))
-        placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in ((x, P()), (w, P(None, "model")))]
+        arguments = placed(mesh_of((8,), ("model",), axis_type), (x, w), (P(), P(None, "model")))
         loss = partial(jaxce.linear_cross_entropy, labels=jnp.zeros(64, jnp.int32), block_size=1)
-        memory = jax.jit(jax.grad(loss, 1)).lower(*placed).compile().memory_analysis()
-        assert memory is not None
-        temp[axis_type] = memory.temp_size_in_bytes
+        temp[axis_type] = temp_bytes(jax.grad(loss, 1), *arguments)
     assert temp[AxisType.Explicit] <= 2.5 * w.nbytes // 8 < w.nbytes <= temp[AxisType.Auto] <= 2.5 * w.nbytes, temp

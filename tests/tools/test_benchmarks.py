@@ -7,9 +7,9 @@ import pytest
 
 import jaxce
 
-from .benchmarks import __main__ as command
-from .benchmarks import contenders, problems
-from .benchmarks.problems import Problem
+from ..benchmarks import __main__ as command
+from ..benchmarks import contenders, problems
+from ..benchmarks.problems import Problem
 
 KINDS = ("LOGITS", "DONATED", "FROM_MATMUL", "LOSS_ONLY", "DENSE", "COMPILING")
 KEPT = (problems.DONATED, problems.DENSE)

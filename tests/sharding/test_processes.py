@@ -74,11 +74,11 @@ def start(processes: int, die_at: int | None = None) -> list[subprocess.Popen]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    command = [sys.executable, "-m", "tests.test_processes", f"127.0.0.1:{port}", str(processes)]
+    command = [sys.executable, "-m", "tests.sharding.test_processes", f"127.0.0.1:{port}", str(processes)]
     return [
         subprocess.Popen(
             [*command, str(i), json.dumps(die_at)],
-            cwd=Path(__file__).parent.parent,
+            cwd=Path(__file__).parents[2],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

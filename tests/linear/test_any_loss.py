@@ -1,4 +1,4 @@
-"""Losses that fused_linear serves, each equal to itself with all the logits at hand."""
+"""Losses that fused_linear serves (distillation, focal, DPO, …), each equal to itself with all the logits at hand."""
 
 import jax
 import jax.numpy as jnp
@@ -6,15 +6,13 @@ import numpy as np
 
 from jaxce import fused_linear, softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
 
+from ..helpers import assert_all_close, assert_close, logits, random_labels
+
 N, D, K = 22, 6, 31
 
 
-def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
-
-
 def labels(*shape):
-    return jnp.asarray(np.random.default_rng(5).integers(K, size=shape), jnp.int32)
+    return random_labels(*shape, classes=K)
 
 
 def assert_same(fused, materialized, *args):
@@ -22,17 +20,16 @@ def assert_same(fused, materialized, *args):
     every = tuple(range(len(args)))
     got = jax.jit(jax.value_and_grad(fused, every))(*args)
     wanted = jax.jit(jax.value_and_grad(materialized, every))(*args)
-    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(g, w, rtol=0, atol=3e-6 * np.abs(w).max())
+    assert_all_close(got, wanted, tolerance=3e-6)
 
 
 def test_distillation_from_a_teacher_head():
     """KL(teacher ‖ student), the teacher's logits made per block too; the teacher may learn as well."""
 
-    def divergence(logits, teacher_x, teacher_w):
+    def divergence(z, teacher_x, teacher_w):
         teacher = jax.nn.softmax(teacher_x @ teacher_w)
         entropy = softmax_cross_entropy(jax.nn.log_softmax(teacher_x @ teacher_w), teacher)
-        return softmax_cross_entropy(logits, teacher) - entropy
+        return softmax_cross_entropy(z, teacher) - entropy
 
     def fused(x, w, teacher_x, teacher_w):
         return fused_linear(lambda z, t: divergence(z, t, teacher_w), block_size=8)(x, w, teacher_x)
@@ -40,21 +37,21 @@ def test_distillation_from_a_teacher_head():
     def materialized(x, w, teacher_x, teacher_w):
         return divergence(x @ w, teacher_x, teacher_w).mean()
 
-    assert_same(fused, materialized, normal(N, D), normal(D, K, seed=1), normal(N, 4, seed=2), normal(4, K, seed=3))
+    assert_same(fused, materialized, logits(N, D), logits(D, K, seed=1), logits(N, 4, seed=2), logits(4, K, seed=3))
 
 
 def test_focal_loss():
     y = labels(N)
 
-    def focal(logits, y, gamma):
-        loss = softmax_cross_entropy_with_integer_labels(logits, y)
+    def focal(z, y, gamma):
+        loss = softmax_cross_entropy_with_integer_labels(z, y)
         return (1 - jnp.exp(-loss)) ** gamma * loss
 
     assert_same(
         lambda x, w, gamma: fused_linear(lambda z, y: focal(z, y, gamma), block_size=8)(x, w, y),
         lambda x, w, gamma: focal(x @ w, y, gamma).mean(),
-        normal(N, D),
-        normal(D, K, seed=1),
+        logits(N, D),
+        logits(D, K, seed=1),
         jnp.float32(2.5),
     )
 
@@ -75,38 +72,38 @@ def test_direct_preference_optimization():
     def materialized(x, w):
         return preference(-softmax_cross_entropy_with_integer_labels(x @ w, y))
 
-    assert_same(fused, materialized, normal(3, 2, 7, D), normal(D, K, seed=1))
+    assert_same(fused, materialized, logits(3, 2, 7, D), logits(D, K, seed=1))
 
 
 def test_policy_gradient_with_entropy_bonus():
     actions = labels(N)
 
-    def policy_loss(logits, actions, advantage, old_log_p):
-        log_o = jax.nn.log_softmax(logits)
+    def policy_loss(z, actions, advantage, old_log_p):
+        log_o = jax.nn.log_softmax(z)
         entropy = -jnp.sum(jnp.exp(log_o) * log_o, -1)
-        ratio = jnp.exp(-softmax_cross_entropy_with_integer_labels(logits, actions) - old_log_p)
+        ratio = jnp.exp(-softmax_cross_entropy_with_integer_labels(z, actions) - old_log_p)
         clipped = jnp.clip(ratio, 0.8, 1.2)
         return -jnp.minimum(ratio * advantage, clipped * advantage) - 0.01 * entropy
 
-    old = -3.4 + 0.1 * normal(N, seed=4)
+    old = -3.4 + 0.1 * logits(N, seed=4)
     assert_same(
         lambda x, w, advantage: fused_linear(policy_loss, block_size=8)(x, w, actions, advantage, old),
         lambda x, w, advantage: policy_loss(x @ w, actions, advantage, old).mean(),
-        0.1 * normal(N, D),
-        normal(D, K, seed=1),
-        normal(N, seed=2),
+        0.1 * logits(N, D),
+        logits(D, K, seed=1),
+        logits(N, seed=2),
     )
 
 
 def test_accuracy_as_aux():
-    x, w, y = normal(N, D), normal(D, K, seed=1), labels(N)
+    x, w, y = logits(N, D), logits(D, K, seed=1), labels(N)
 
-    def with_accuracy(logits, y):
-        return softmax_cross_entropy_with_integer_labels(logits, y), logits.argmax(-1) == y
+    def with_accuracy(z, y):
+        return softmax_cross_entropy_with_integer_labels(z, y), z.argmax(-1) == y
 
     f = fused_linear(with_accuracy, has_aux=True, block_size=8)
     (loss, correct), dw = jax.jit(jax.value_and_grad(f, 1, has_aux=True))(x, w, y)
     np.testing.assert_array_equal(correct, (x @ w).argmax(-1) == y)
     np.testing.assert_allclose(loss, softmax_cross_entropy_with_integer_labels(x @ w, y).mean(), rtol=1e-6)
     wanted = jax.grad(lambda w: softmax_cross_entropy_with_integer_labels(x @ w, y).mean())(w)
-    np.testing.assert_allclose(dw, wanted, rtol=0, atol=3e-6 * np.abs(wanted).max())
+    assert_close(dw, wanted, "float32", tolerance=3e-6)

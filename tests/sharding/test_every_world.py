@@ -4,7 +4,6 @@ Every value and gradient against the unsharded one, and what devices exchange ag
 compiled text. Local sizes are odd and blocks do not divide them.
 """
 
-import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 import jaxce
 
-from .collectives import collectives
-from .oracle import assert_close
+from ..collectives import collectives
+from ..helpers import assert_close, cases, compiled, head, mesh_of, on_shards, option_values, placed, probabilities
 
 IGNORED = -100
 FEATURES = 12
@@ -26,13 +25,6 @@ FORMS = ("integer", "dense", "rows", "classes")  # the losses of logits, linear_
 WORLDS = ("jit", "Explicit", "shard_map")
 SHARDINGS = {"batch": (8, 1), "class": (1, 8), "both": (4, 2), "FSDP": (4, 2)}  # devices for rows, for classes
 DTYPES = ("float32", "bfloat16")
-EVERY = list(itertools.product(FORMS, WORLDS, SHARDINGS, DTYPES, ("plain", "all options")))
-
-
-def mesh_of(sharding: str, world: str):
-    assert len(jax.devices()) == 8
-    axis_type = AxisType.Explicit if world == "Explicit" else AxisType.Auto
-    return jax.make_mesh(SHARDINGS[sharding], ("data", "model"), axis_types=(axis_type, axis_type))
 
 
 class Case(NamedTuple):
@@ -68,19 +60,18 @@ class Case(NamedTuple):
 
 def problem(case: Case) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[str, P]]:
     """What is differentiated, what is not, and how each is sharded."""
-    rng = np.random.default_rng(0)
-    n, k, d = case.rows, case.classes, FEATURES
-    x, w = rng.standard_normal((n, d)), rng.standard_normal((d, k)) / d**0.5
-    labels = rng.integers(k, size=n)
+    rng, n, k = np.random.default_rng(1), case.rows, case.classes
+    x, w, labels = (np.array(a) for a in head(n, FEATURES, k))
     point, fixed = {}, {"combine": rng.uniform(0.5, 1.5, n).astype("float32")}
     if case.fused:
         point |= {"x": jnp.asarray(x, case.dtype), "w": jnp.asarray(w, case.dtype)}
     else:
         point["logits"] = jnp.asarray(x @ w, case.dtype)
     if case.form == "dense":
-        point["targets"] = jnp.asarray(rng.dirichlet(np.ones(k), n), case.dtype)
+        point["targets"] = probabilities(n, k, dtype=case.dtype)
     if case.options == "all options":
-        point |= {"class_weights": np.linspace(0.5, 2, k, dtype="float32"), "cap": np.float32(3)}
+        values = option_values(k)
+        point |= {"class_weights": values["class_weights"], "cap": np.float32(values["logit_cap"])}
         if case.fused:
             point["bias"] = rng.standard_normal(k).astype("float32") / 4
         else:
@@ -88,7 +79,7 @@ def problem(case: Case) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dic
             where[np.arange(n), labels] = True
             fixed["where"] = where
         labels[3] = IGNORED if case.form != "dense" else labels[3]
-    fixed["labels"] = labels.astype("int32")
+    fixed["labels"] = labels
     model = case.class_mesh_axis
     specs = {
         "x": P("data", None),
@@ -110,7 +101,7 @@ def loss_of(case: Case, point: dict[str, Any], fixed: dict[str, Any], axis_name:
     options: dict[str, Any] = {"axis_name": axis_name}
     if case.options == "all options":
         options |= {"class_weights": point["class_weights"], "logit_cap": point["cap"]}
-        options |= {"label_smoothing": 0.1, "z_loss": 0.01}
+        options |= {name: option_values(1)[name] for name in ("label_smoothing", "z_loss")}
         options |= {} if case.form == "dense" else {"ignore_index": IGNORED}
         options |= {} if case.fused else {"where": fixed["where"]}
     if case.form == "integer":
@@ -142,8 +133,7 @@ def sharded(case: Case, mesh, specs):
 
     def whole(point, fixed):
         in_specs = tuple({name: specs[name] for name in arrays} for arrays in (point, fixed))
-        f: Any = jax.shard_map(on_shard, mesh=mesh, in_specs=in_specs, out_specs=P(), check_vma=True)
-        return f(point, fixed)
+        return on_shards(on_shard, mesh, in_specs, P())(point, fixed)
 
     return whole
 
@@ -152,16 +142,14 @@ def check(case: Case) -> None:
     point, fixed, specs = problem(case)
     wanted = jax.jit(jax.value_and_grad(lambda point: loss_of(case, point, fixed)))(point)
 
-    mesh = mesh_of(case.sharding, case.world)
-    placed, placed_fixed = (
-        {name: jax.device_put(a, NamedSharding(mesh, specs[name])) for name, a in arrays.items()}
-        for arrays in (point, fixed)
-    )
-    placements = {name: a.sharding for name, a in placed.items()}
+    axis_type = AxisType.Explicit if case.world == "Explicit" else AxisType.Auto
+    mesh = mesh_of(case.shards, ("data", "model"), axis_type)
+    arguments = tuple(placed(mesh, arrays, {name: specs[name] for name in arrays}) for arrays in (point, fixed))
+    placements = {name: a.sharding for name, a in arguments[0].items()}
     gradient = jax.value_and_grad(sharded(case, mesh, specs))
     outputs = None if case.world == "Explicit" else (NamedSharding(mesh, P()), placements)
-    executable = jax.jit(gradient, out_shardings=outputs).lower(placed, placed_fixed).compile()
-    loss, gradients = executable(placed, placed_fixed)
+    executable = compiled(gradient, *arguments, out_shardings=outputs)
+    loss, gradients = executable(*arguments)
 
     assert_close(loss, wanted[0], "float32", factor=4)
     for name, truth in wanted[1].items():
@@ -169,9 +157,9 @@ def check(case: Case) -> None:
         assert_close(gradients[name], truth, truth.dtype, factor=4)
         assert gradients[name].sharding.is_equivalent_to(placements[name], truth.ndim), name
     if case.world == "Explicit":
-        types = jax.eval_shape(gradient, placed, placed_fixed)[1]
+        types = jax.eval_shape(gradient, *arguments)[1]
         assert {n: t.sharding.spec for n, t in types.items()} == {
-            n: jax.typeof(a).sharding.spec for n, a in placed.items()
+            n: jax.typeof(a).sharding.spec for n, a in arguments[0].items()
         }
     check_exchanges(case, collectives(executable.as_text() or ""))
 
@@ -199,18 +187,30 @@ def check_exchanges(case: Case, exchanges) -> None:
     assert sum(c.numbers for c in sums) <= allowed, (sums, allowed)
 
 
-def is_quick(i: int, case: tuple) -> bool:
-    """One of the four dtypes and options for each form, world and sharding, in turn; a third of those."""
-    triple, last = divmod(i, 4)
-    return last == (triple + triple // 4) % 4 and (triple + triple // 4 + triple // 12) % 3 == 0
+# Each form in each world and under each sharding, with both dtypes, plain and with all options.
+QUICK = {
+    ("integer", "jit", "batch", "float32", "plain"),
+    ("integer", "jit", "FSDP", "bfloat16", "all options"),
+    ("integer", "Explicit", "class", "bfloat16", "plain"),
+    ("integer", "shard_map", "both", "float32", "plain"),
+    ("dense", "jit", "both", "float32", "all options"),
+    ("dense", "Explicit", "batch", "float32", "plain"),
+    ("dense", "Explicit", "FSDP", "bfloat16", "all options"),
+    ("dense", "shard_map", "class", "bfloat16", "plain"),
+    ("rows", "jit", "class", "bfloat16", "all options"),
+    ("rows", "Explicit", "both", "float32", "all options"),
+    ("rows", "shard_map", "batch", "float32", "plain"),
+    ("rows", "shard_map", "FSDP", "bfloat16", "all options"),
+    ("classes", "jit", "batch", "float32", "all options"),
+    ("classes", "jit", "FSDP", "float32", "plain"),
+    ("classes", "Explicit", "class", "bfloat16", "all options"),
+    ("classes", "shard_map", "both", "float32", "all options"),
+}
 
 
 @pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(Case(*case), id="-".join(case), marks=() if is_quick(i, case) else pytest.mark.slow)
-        for i, case in enumerate(EVERY)
-    ],
+    "form, world, sharding, dtype, options",
+    cases(FORMS, WORLDS, SHARDINGS, DTYPES, ("plain", "all options"), quick=QUICK),
 )
-def test_equals_unsharded_and_exchanges_only_sums(case):
-    check(case)
+def test_equals_unsharded_and_exchanges_only_sums(form, world, sharding, dtype, options):
+    check(Case(form, world, sharding, dtype, options))

@@ -1,4 +1,7 @@
-"""What XLA is given and what is kept: compilations, temporary memory, residuals."""
+"""Temp memory of compiled losses, what is kept for the backward, and page faults.
+
+The memory of heads, x @ w, is in `test_linear_programs`.
+"""
 
 import functools
 import math
@@ -6,16 +9,25 @@ import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import jaxce
 
-from . import oracle
+from ..helpers import (
+    BF16_LOOPS,
+    MIB,
+    NO_BF16_LOOPS,
+    compiled,
+    dense_loss,
+    integer_loss,
+    logits,
+    random_labels,
+    row_arguments,
+    temp_bytes,
+    temp_bytes_of,
+)
 
 LARGE = (1024, 50257)
-MIB = 2**20
-integer_loss = jaxce.softmax_cross_entropy_with_integer_labels
 
 
 @jax.custom_vjp
@@ -53,17 +65,6 @@ def is_label(labels, z):
 
 
 bare_loss.defvjp(bare_forward, bare_backward)
-
-
-def temp_bytes(f, *arguments) -> int:
-    """Beside arguments and results; the arguments may be of `jax.ShapeDtypeStruct`."""
-    statistics = jax.jit(f).lower(*arguments).compile().memory_analysis()
-    assert statistics is not None
-    return statistics.temp_size_in_bytes
-
-
-def row_arguments(shape: tuple[int, ...], dtype="float32") -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), jax.ShapeDtypeStruct(shape[:-1], jnp.int32)
 
 
 def gradient_of(loss):
@@ -129,13 +130,11 @@ def residuals(f, *arguments) -> list[jax.Array]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_residuals_of_integer_labels(dtype):
     """The logits in their own dtype, the labels, and two numbers per row."""
-    rng = np.random.default_rng(0)
-    logits = jnp.asarray(rng.standard_normal((32, 100)), dtype)
-    labels = jnp.asarray(rng.integers(100, size=32), jnp.int32)
-    kept = residuals(lambda z: integer_loss(z, labels), logits)
-    large = [r for r in kept if r.size >= logits.size]
-    assert [(r.shape, r.dtype) for r in large] == [(logits.shape, logits.dtype)]
-    numbers = [r for r in kept if r.size < logits.size and jnp.issubdtype(r.dtype, jnp.floating)]
+    z, labels = logits(32, 100, dtype=dtype), random_labels(32, classes=100)
+    kept = residuals(lambda z: integer_loss(z, labels), z)
+    large = [r for r in kept if r.size >= z.size]
+    assert [(r.shape, r.dtype) for r in large] == [(z.shape, z.dtype)]
+    numbers = [r for r in kept if r.size < z.size and jnp.issubdtype(r.dtype, jnp.floating)]
     integers = [r for r in kept if jnp.issubdtype(r.dtype, jnp.integer)]
     assert sum(r.size for r in numbers) <= 2 * 32
     assert sum(r.size for r in integers) <= 32
@@ -145,89 +144,28 @@ def test_residuals_of_integer_labels(dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_residuals_of_dense_targets(dtype):
     """Logits and targets in their own dtypes, and two numbers per row."""
-    logits, targets = jnp.ones((32, 100), dtype), jnp.full((32, 100), 0.01, jnp.bfloat16)
-    kept = residuals(jaxce.softmax_cross_entropy, logits, targets)
-    large = [r for r in kept if r.size >= logits.size]
+    z, targets = jnp.ones((32, 100), dtype), jnp.full((32, 100), 0.01, jnp.bfloat16)
+    kept = residuals(dense_loss, z, targets)
+    large = [r for r in kept if r.size >= z.size]
     assert sorted(str(r.dtype) for r in large) == sorted([dtype, "bfloat16"])
-    assert sum(r.size for r in kept if r.size < logits.size) <= 2 * 32
-
-
-# ---------------------------------------------------------------------------------------------- compilations and values
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_one_compilation_for_repeated_calls(dtype):
-    traces = []
-
-    @jax.jit
-    def step(logits, labels):
-        traces.append(1)
-        return gradient_of(integer_loss)(logits, labels)
-
-    for seed in range(3):
-        rng = np.random.default_rng(seed)
-        step(jnp.asarray(rng.standard_normal((8, 10)), dtype), jnp.asarray(rng.integers(10, size=8), jnp.int32))
-    assert len(traces) == 1
-
-
-@pytest.mark.parametrize(
-    "loss",
-    [
-        integer_loss,
-        lambda z, y: integer_loss(z, y, ignore_index=1, label_smoothing=0.1, class_weights=jnp.ones(10), z_loss=0.1),
-        lambda z, y: jaxce.softmax_cross_entropy(z, jax.nn.one_hot(y, 10)),
-        lambda z, y: jaxce.label_statistics(z, y).entropy,
-        lambda z, y: jaxce.linear_cross_entropy(z, jnp.ones((10, 128)), y),
-    ],
-    ids=["integer", "options", "dense", "statistics", "linear"],
-)
-def test_no_effects(loss):
-    """JAX dispatches a compiled function with effects from Python: 3 ms instead of 0.4 for 200 arrays."""
-    assert not jax.make_jaxpr(gradient_of(loss))(jnp.ones((8, 10)), jnp.zeros(8, jnp.int32)).effects
-
-
-def test_calls_outside_jit_do_not_compile_again(caplog):
-    logits, others, labels = jnp.ones((8, 10)), jnp.zeros((8, 10)), jnp.zeros(8, jnp.int32)
-    jax.block_until_ready(gradient_of(integer_loss)(logits, labels))
-    with jax.log_compiles(), caplog.at_level("WARNING"):
-        jax.block_until_ready(gradient_of(integer_loss)(others, labels))
-    assert not [r.message for r in caplog.records if "Finished XLA compilation" in r.message]
-
-
-@pytest.mark.parametrize("form", ["integer", "dense"])
-def test_jit_is_eager(form):
-    rng = np.random.default_rng(0)
-    logits, labels = jnp.asarray(rng.standard_normal((8, 129)), jnp.float32), rng.integers(129, size=8)
-    loss = integer_loss if form == "integer" else jaxce.softmax_cross_entropy
-    targets = jnp.asarray(labels, jnp.int32) if form == "integer" else jnp.asarray(oracle.dense(labels, 129), "float32")
-    eager, jitted = (f(logits, targets) for f in (gradient_of(loss), jax.jit(gradient_of(loss))))
-    for got, wanted in zip(jitted, eager, strict=True):
-        oracle.assert_close(got, wanted, "float32")
+    assert sum(r.size for r in kept if r.size < z.size) <= 2 * 32
 
 
 @pytest.mark.parametrize("in_axes", [(0, 0), (1, 1), (2, 0), (0, None), (None, 0)], ids=str)
-def test_vmap_is_the_batched_loss(in_axes):
-    """For any in_axes, with at most one array of the logits' size for moving their axes."""
+def test_vmap_needs_at_most_one_array_to_move_its_axes(in_axes):
     batch, rows, classes = 4, 64, 2000
-    rng = np.random.default_rng(0)
-    logits, labels = (
-        rng.standard_normal((batch, rows, classes)).astype("float32"),
-        rng.integers(classes, size=(batch, rows)),
-    )
-    arguments = [a[0] if axis is None else a for a, axis in zip((logits, labels), in_axes, strict=True)]
-    moved = [jnp.asarray(a if i is None else np.moveaxis(a, 0, i)) for a, i in zip(arguments, in_axes, strict=True)]
-    mapped = jax.vmap(integer_loss, in_axes)
-    full_logits, full_labels = (jnp.broadcast_to(a, f.shape) for a, f in zip(arguments, (logits, labels), strict=True))
-    wanted = integer_loss(full_logits, full_labels)
-    oracle.assert_close(jax.jit(mapped)(*moved), wanted, "float32")
-    assert temp_bytes(mapped, *moved) <= 4 * batch * rows * classes + MIB
+    shapes = []
+    for axis, dtype, shape in zip(in_axes, ("float32", "int32"), ((rows, classes), (rows,)), strict=True):
+        shape = shape if axis is None else (*shape[:axis], batch, *shape[axis:])
+        shapes.append(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))
+    assert temp_bytes(jax.vmap(integer_loss, in_axes), *shapes) <= 4 * batch * rows * classes + MIB
 
 
 # ------------------------------------------------------------------------------ large logits on one CPU, in row blocks
 
 
 def dense_gradient(logits, targets):
-    return jax.value_and_grad(lambda z: jaxce.softmax_cross_entropy(z, targets).mean())(logits)
+    return jax.value_and_grad(lambda z: dense_loss(z, targets).mean())(logits)
 
 
 def smoothed(logits, labels):
@@ -249,37 +187,31 @@ LARGE_CASES = {
 }
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-    """As in a process that has one: rows are taken in blocks."""
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    jax.clear_caches()
+GRADIENTS = tuple(name for name in LARGE_CASES if "gradient" in name)
 
 
-def compiled_case(name, donated=False):
+def program_of(name: str, donated: bool = False):
     f, shape, dtype, _ = LARGE_CASES[name]
-    logits, labels = row_arguments(shape, dtype)
+    z, labels = row_arguments(shape, dtype)
+    if dtype == "bfloat16" and not BF16_LOOPS:
+        pytest.skip(NO_BF16_LOOPS)
     targets = jax.ShapeDtypeStruct(shape, jnp.float32) if "dense" in name else labels
-    return jax.jit(f, donate_argnums=(0,) if donated else ()).lower(logits, targets).compile()
+    return compiled(f, z, targets, donate_argnums=(0,) if donated else ())
 
 
 @pytest.mark.parametrize(
-    "name, donated",
-    [(name, donated) for name in LARGE_CASES for donated in (False, True) if "gradient" in name or not donated],
+    "name, donated", [(name, False) for name in LARGE_CASES] + [(name, True) for name in GRADIENTS]
 )
 def test_large_logits_leave_no_temporary(name, donated, one_device):
     """The gradient is made where the logits were, if these are donated, and is all that is made of their size.
 
     On jax 0.10, of float32 logits and labels, the exponentials are made too, and then scaled in place.
     """
-    _, shape, dtype, limit = LARGE_CASES[name]
-    if dtype == "bfloat16" and not oracle.BF16_LOOPS:
-        pytest.skip(oracle.NO_BF16_LOOPS)
-    compiled = compiled_case(name, donated)
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None and text is not None
-    assert memory.temp_size_in_bytes <= limit * MIB, f"{memory.temp_size_in_bytes / MIB:.1f} MiB"
-    made = large_buffers(text, shape[0] * shape[1])
+    _, shape, _, limit = LARGE_CASES[name]
+    program = program_of(name, donated)
+    temp = temp_bytes_of(program)
+    assert temp <= limit * MIB, f"{temp / MIB:.1f} MiB"
+    made = large_buffers(program.as_text(), shape[0] * shape[1])
     scaled = name == "gradient" and jax.__version_info__[:2] == (0, 10)
     assert len(made) == ("gradient" in name) + scaled, made
 
@@ -305,9 +237,7 @@ def test_large_logits_fault_no_pages_but_the_gradients(name, one_device):
     """What is not seen by the compiler's count of temporaries, as scratch inside of its kernels, is seen here."""
     resource = pytest.importorskip("resource", reason="there are no page faults to count on this platform")
     _, shape, dtype, _ = LARGE_CASES[name]
-    if dtype == "bfloat16" and not oracle.BF16_LOOPS:
-        pytest.skip(oracle.NO_BF16_LOOPS)
-    run = compiled_case(name)
+    run = program_of(name)
     targets = jnp.zeros(shape) if "dense" in name else jnp.zeros(shape[:1], jnp.int32)
     arguments = jnp.zeros(shape, dtype), targets
     faults = []
@@ -317,7 +247,5 @@ def test_large_logits_fault_no_pages_but_the_gradients(name, one_device):
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         del out
     gradient = arguments[0].nbytes if "gradient" in name else 0
-    memory = run.memory_analysis()
-    assert memory is not None
     # What is temporary is a fresh buffer too, when the allocator did not keep the last one.
-    assert min(faults) * resource.getpagesize() <= gradient + memory.temp_size_in_bytes + MIB
+    assert min(faults) * resource.getpagesize() <= gradient + temp_bytes_of(run) + MIB

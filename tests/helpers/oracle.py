@@ -1,4 +1,4 @@
-"""What the losses should be: oracles for rows of logits, and the one table of tolerances.
+"""What the losses should be: oracles for rows of logits, the one table of tolerances, and what asserts them.
 
 `exact` works with 100 digits (mpmath) and rounds each result once, to float64. `stable` is the textbook computation in
 NumPy float64, with the maximum shifted out: enough for ordinary rows, not for confident ones.
@@ -76,11 +76,22 @@ def _floats(array: np.ndarray) -> list[list[float]]:
     return np.asarray(array).astype(np.float64).tolist()
 
 
-def assert_close(actual, truth, dtype: DTypeLike, *, factor: float = 1.0) -> None:
-    """`actual`, of this dtype, is `truth` within `factor` times the dtype's tolerance, relative to max |truth|."""
+def assert_close(actual, truth, dtype: DTypeLike, *, factor: float = 1.0, tolerance: float | None = None) -> None:
+    """`actual`, of this dtype, is `truth` within `factor` times the dtype's tolerance, relative to max |truth|.
+
+    Another tolerance is given where several roundings, to another dtype, are the result's worst case.
+    """
     actual, truth = _pair(actual, truth, dtype)
     scale = np.abs(truth).max(initial=0.0)
-    _assert_errors(np.abs(actual - truth), factor * TOLERANCE[jnp.dtype(dtype)] * scale, actual, truth)
+    tolerance = TOLERANCE[jnp.dtype(dtype)] if tolerance is None else tolerance
+    _assert_errors(np.abs(actual - truth), factor * tolerance * scale, actual, truth)
+
+
+def assert_all_close(got, wanted, *, factor: float = 1.0, tolerance: float | None = None) -> None:
+    """`assert_close` of each array of two trees, in its own dtype."""
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert_close(g, w, g.dtype, factor=factor, tolerance=tolerance)
 
 
 def assert_relative(actual, truth, dtype: DTypeLike, tolerance: float) -> None:
@@ -101,7 +112,7 @@ def assert_one_rounding(actual, truth, dtype: DTypeLike) -> None:
 
 
 def _pair(actual, truth, dtype: DTypeLike) -> tuple[np.ndarray, np.ndarray]:
-    assert actual.dtype == dtype, f"dtype {actual.dtype}, wanted {dtype}"
+    assert jnp.dtype(actual.dtype) == jnp.dtype(dtype), f"dtype {actual.dtype}, wanted {dtype}"
     actual, truth = np.asarray(actual).astype(np.float64), np.asarray(truth).astype(np.float64)
     assert actual.shape == truth.shape, f"shape {actual.shape}, wanted {truth.shape}"
     assert np.isfinite(truth).all(), "the truth is not finite"

@@ -1,0 +1,118 @@
+"""How often JAX traces and compiles, and what it is given to compile."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxce
+
+from ..helpers import (
+    FORMS,
+    LOSSES,
+    assert_all_close,
+    assert_close,
+    dense_loss,
+    head,
+    integer_loss,
+    logits,
+    targets_of,
+    with_gradient,
+)
+
+N, K = 6, 5
+LABELS = jnp.array([0, 4, 2, 2, 1, 3])
+COTANGENT = jnp.linspace(-1, 2, N)
+
+
+def gradient_of(loss):
+    return lambda logits, labels: jax.value_and_grad(lambda z: loss(z, labels).mean())(logits)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_other_logits_and_traced_options_do_not_recompile(form):
+    loss_fn, z, targets = LOSSES[form], logits(N, K), targets_of(form, N, K)
+    traces = 0
+
+    @jax.jit
+    def run(z, options):
+        nonlocal traces
+        traces += 1
+        return with_gradient(lambda z: loss_fn(z, targets, **options), z, COTANGENT)
+
+    seen = []
+    for seed, (smoothing, cap, z_loss) in enumerate([(0.0, 5.0, 0.0), (0.1, 3.0, 1e-3), (1.0, 50.0, 0.5)]):
+        weights = jax.random.uniform(jax.random.key(seed), (K,))
+        numbers = {"label_smoothing": smoothing, "logit_cap": cap, "z_loss": z_loss}
+        traced = {name: jnp.float32(v) for name, v in numbers.items()}
+        loss, gradient = run(z, traced | {"class_weights": weights})
+        static = numbers | {"class_weights": weights}
+        wanted = with_gradient(lambda z, o=static: loss_fn(z, targets, **o), z, COTANGENT)
+        assert_close(loss, wanted[0], "float32")
+        assert_close(gradient, wanted[1], "float32")
+        seen.append(np.asarray(loss))
+        run(logits(N, K, seed=seed + 1), traced | {"class_weights": weights})
+    assert traces == 1
+    assert np.abs(seen[0] - seen[1]).max() > 0.01 and np.abs(seen[1] - seen[2]).max() > 0.01
+
+
+def test_traced_ignore_index_and_mask_do_not_recompile():
+    traces = 0
+
+    @jax.jit
+    def loss(ignore_index, where):
+        nonlocal traces
+        traces += 1
+        return integer_loss(logits(N, K), LABELS, where=where, ignore_index=ignore_index)
+
+    for ignored in (2, -100, 4):
+        where = jnp.arange(N) != ignored
+        np.testing.assert_array_equal(loss(jnp.array(ignored), where) == 0, (LABELS == ignored) | ~where)
+    assert traces == 1
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        integer_loss,
+        lambda z, y: integer_loss(z, y, ignore_index=1, label_smoothing=0.1, class_weights=jnp.ones(10), z_loss=0.1),
+        lambda z, y: dense_loss(z, jax.nn.one_hot(y, 10)),
+        lambda z, y: jaxce.label_statistics(z, y).entropy,
+        lambda z, y: jaxce.linear_cross_entropy(z, jnp.ones((10, 128)), y),
+    ],
+    ids=["integer", "options", "dense", "statistics", "linear"],
+)
+def test_no_effects(loss):
+    """JAX dispatches a compiled function with effects from Python: 3 ms instead of 0.4 for 200 arrays."""
+    assert not jax.make_jaxpr(gradient_of(loss))(jnp.ones((8, 10)), jnp.zeros(8, jnp.int32)).effects
+
+
+def test_calls_outside_jit_do_not_compile_again(caplog):
+    logits, others, labels = jnp.ones((8, 10)), jnp.zeros((8, 10)), jnp.zeros(8, jnp.int32)
+    jax.block_until_ready(gradient_of(integer_loss)(logits, labels))
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        jax.block_until_ready(gradient_of(integer_loss)(others, labels))
+    assert not [r.message for r in caplog.records if "Finished XLA compilation" in r.message]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_jit_is_eager(form):
+    z, targets, loss = logits(8, 129), targets_of(form, 8, 129), LOSSES[form]
+    eager, jitted = (f(z, targets) for f in (gradient_of(loss), jax.jit(gradient_of(loss))))
+    assert_all_close(jitted, eager)
+
+
+def test_a_loss_of_a_linear_layer_is_traced_once_for_each_compilation():
+    x, w, labels = head(10, 3, 5)
+    traces = []
+
+    def loss(logits, labels):
+        traces.append(logits.shape)
+        return logits[:, 0] * labels
+
+    # JAX loads some of its modules when it first compiles a loop, and whatever was traced before, it traces again.
+    jax.jit(jaxce.fused_linear(lambda z: z[:, 0], block_size=4))(x, w)
+    f = jax.jit(jax.value_and_grad(jaxce.fused_linear(loss, block_size=4)))
+    for _ in range(3):
+        f(x, w, labels.astype(jnp.float32))
+    assert traces == [(4, 5)]

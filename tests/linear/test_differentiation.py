@@ -1,0 +1,140 @@
+"""fused_linear and linear_cross_entropy in every mode, against plain autodiff with all the logits, in float64."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxce import fused_linear, linear_cross_entropy
+
+from ..helpers import MODES, Mode, assert_same_in_mode, cases, head, two_of
+
+pytestmark = pytest.mark.usefixtures("x64")
+IGNORED = -100
+
+
+def over(argument: int) -> Mode:
+    """The gradients of x and w, mapped over that one of them."""
+
+    def mapped(f, v, s):
+        gradient = jax.grad(lambda x, w, *others: f((x, w, *others)), (0, 1))
+        axes = [0 if i == argument else None for i in range(len(v))]
+        return jax.vmap(gradient, axes)(*(two_of(a) if i == argument else a for i, a in enumerate(v)))
+
+    return mapped
+
+
+def scan_over_x(f, v, s):
+    def total(w):
+        def step(sum_, x):
+            return sum_ + f((x, w, *v[2:])), None
+
+        return jax.lax.scan(step, 0.0, two_of(v[0]))[0]
+
+    return jax.grad(total)(v[1])
+
+
+# Of a function of (x, w, bias, …) to a number.
+LINEAR_MODES: dict[str, Mode] = {
+    name: MODES[name] for name in ("value_and_grad", "jvp", "jvp of grad", "grad of jvp", "grad of grad")
+} | {
+    "jacfwd of w": lambda f, v, s: jax.jacfwd(lambda w: f((v[0], w, *v[2:])))(v[1]),
+    "hessian of bias": lambda f, v, s: jax.hessian(lambda bias: f((*v[:2], bias, *v[3:])))(v[2]),
+    "vmap over x": over(0),
+    "vmap over heads": over(1),
+    "grad of checkpoint": lambda f, v, s: jax.grad(jax.checkpoint(f))(v),
+    "scan over x": scan_over_x,
+}
+
+
+def all_options(x, w, bias, weights, class_weights, cap, smoothing, z_loss, *, labels, reduction):
+    z = cap * jnp.tanh((x @ w + bias[None]) / cap)
+    kept = labels != IGNORED
+    labels = jnp.where(kept, labels, 0)
+    t = (1 - smoothing) * jax.nn.one_hot(labels, z.shape[1], dtype=z.dtype) + smoothing / z.shape[1]
+    lse = jax.nn.logsumexp(z, -1)
+    loss = (class_weights[None] * t * (lse[:, None] - z)).sum(1) + z_loss * lse**2
+    loss = jnp.where(kept, weights * loss, 0)
+    return loss.sum() / jnp.where(kept, weights * class_weights[labels], 0).sum() if reduction == "mean" else loss
+
+
+def ours_all_options(x, w, bias, weights, class_weights, cap, smoothing, z_loss, *, class_axis, **options):
+    return linear_cross_entropy(
+        x,
+        w if class_axis == -1 else w.T,
+        bias=bias,
+        weights=weights,
+        class_weights=class_weights,
+        logit_cap=cap,
+        label_smoothing=smoothing,
+        z_loss=z_loss,
+        ignore_index=IGNORED,
+        class_axis=class_axis,
+        **options,
+    )
+
+
+def any_loss(logits, labels, scale, *, shift, center):
+    """Closes over a floating and an integer array; not a cross-entropy."""
+    picked = jnp.take_along_axis(logits, ((labels + shift) % logits.shape[-1])[:, None], -1)[:, 0]
+    return scale * jax.nn.logsumexp(logits - center[None], -1) - picked**2
+
+
+# Blocks are of rows or of classes; a reduction "none" is always by classes.
+BLOCKED: dict[str, dict[str, Any]] = {
+    "rows, mean": {"reduction": "mean", "recompute": False, "class_axis": -1, "block_size": 3},
+    "classes, mean": {"reduction": "mean", "recompute": True, "class_axis": 0, "block_size": 128},
+    "classes, none": {"reduction": "none", "recompute": True, "class_axis": -1, "block_size": 128},
+}
+# By default nearly every mode by blocks of classes, in either reduction. Any loss, below, has every mode by rows.
+QUICK_NONE = ("jvp", "grad of jvp", "scan over x", "vmap over x")
+QUICK = {("rows, mean", m) for m in ("value_and_grad", "jvp", "jvp of grad", "grad of grad", "vmap over x")}
+QUICK |= {("classes, none", m) for m in QUICK_NONE}
+QUICK |= {
+    ("classes, mean", m)
+    for m in ("value_and_grad", "jvp of grad", "grad of grad", "vmap over heads", "grad of checkpoint")
+}
+
+
+@pytest.mark.parametrize("blocked, mode", cases(BLOCKED, LINEAR_MODES, quick=QUICK))
+def test_cross_entropy_in_every_mode(blocked, mode):
+    """With every option, of which all that are arrays or numbers are differentiated too."""
+    options, rng = BLOCKED[blocked], np.random.default_rng(1)
+    x, w, labels = head(5, 3, 130, "float64")
+    labels = labels.at[:3].set(jnp.array([IGNORED, 129, 128], jnp.int32))
+    others = [rng.uniform(0.5, 1, shape) for shape in ((130,), (5,), (130,))] + [2.0, 0.1, 0.01]
+    point = tuple(jnp.asarray(v) for v in (x, w, *others))
+    combine = jnp.asarray(rng.standard_normal(5))
+    naive = partial(all_options, labels=labels, reduction=options["reduction"])
+    ours = partial(ours_all_options, labels=labels, **options)
+
+    def number(f):
+        return lambda v: f(*v) if options["reduction"] == "mean" else jnp.sum(combine * f(*v))
+
+    assert_same_in_mode(LINEAR_MODES[mode], number(ours), number(naive), point, tolerance=1e-11)
+
+
+QUICK_ANY = {("mean", m) for m in LINEAR_MODES} | {("none", m) for m in QUICK_NONE}
+
+
+@pytest.mark.parametrize("reduction, mode", cases(("mean", "none"), LINEAR_MODES, quick=QUICK_ANY))
+def test_any_loss_in_every_mode(reduction, mode):
+    rng = np.random.default_rng(2)
+    x, w, labels = head(7, 3, 5, "float64")
+    point = (x, w, *(jnp.asarray(rng.uniform(0.5, 1, shape)) for shape in ((5,), (7,), (5,), (7,))))
+
+    def ours(v):
+        x, w, bias, scale, center, weights = v
+        loss = partial(any_loss, shift=jnp.cumsum(labels)[0], center=center)
+        f = fused_linear(loss, reduction=reduction, block_size=3)
+        return f(x, w, labels, scale, bias=bias, weights=weights).sum()
+
+    def naive(v):
+        x, w, bias, scale, center, weights = v
+        losses = weights * any_loss(x @ w + bias[None], labels, scale, shift=labels[0], center=center)
+        return losses.sum() / weights.sum() if reduction == "mean" else losses.sum()
+
+    assert_same_in_mode(LINEAR_MODES[mode], ours, naive, point, tolerance=1e-11)

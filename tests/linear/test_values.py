@@ -1,0 +1,229 @@
+"""fused_linear and linear_cross_entropy against the formulas with all the logits, in float64."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxce import fused_linear, linear_cross_entropy
+
+from ..helpers import assert_all_close, assert_close, cases, head
+from .test_differentiation import LINEAR_MODES
+
+IGNORED = -100
+by_blocks = pytest.mark.parametrize("recompute", [False, True], ids=["rows", "classes"])
+
+
+def truth(x, w, labels, scale=None):
+    """Loss, dx and dw of Σ scale·loss in NumPy float64; scale: by default that of the mean."""
+    x, w, labels = np.asarray(x, np.float64), np.asarray(w, np.float64), np.asarray(labels)
+    rows = np.arange(len(x))
+    scale = np.full(len(x), 1 / max(1, len(x))) if scale is None else scale
+    e = np.exp(x @ w)
+    o = e / e.sum(-1, keepdims=True)
+    loss = -(scale * np.log(o[rows, labels])).sum()
+    o[rows, labels] -= 1
+    dz = scale[:, None] * o
+    return loss, (dz @ w.T, x.T @ dz)
+
+
+# ----------------------------------------------------------------------------------------------------- sizes and dtypes
+
+SOME_ROWS = (0, 1, 127, 128, 129, 391)
+QUICK_ROWS = {(rows, "rows") for rows in SOME_ROWS} | {(rows, "classes") for rows in (0, 391)}
+
+
+@pytest.mark.parametrize("rows, blocked", cases(SOME_ROWS, ("rows", "classes"), quick=QUICK_ROWS))
+def test_any_number_of_rows(rows, blocked):
+    x, w, labels = head(rows, 33, 300)
+    loss = partial(linear_cross_entropy, block_size=128, recompute=blocked == "classes")
+    got, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(x, w, labels)
+    wanted, wanted_grads = truth(x, w, labels)
+    assert_close(got, wanted, "float32", tolerance=1e-6)
+    assert_all_close(grads, wanted_grads)
+
+
+SOME_CLASSES = (1, 2, 127, 128, 129, 300, 2049)
+LAYOUTS = ("[D, K]", "[K, D]")  # of w
+# Blocks of classes end at multiples of 128; blocks of rows take all classes, whose number matters little there.
+QUICK_CLASSES = {(classes, layout, "classes") for classes in (1, 129, 2049) for layout in LAYOUTS}
+QUICK_CLASSES |= {(2, "[D, K]", "classes"), (127, "[K, D]", "classes")}
+QUICK_CLASSES |= {(128, "[D, K]", "classes"), (300, "[K, D]", "classes")}
+QUICK_CLASSES |= {(1, "[D, K]", "rows"), (2, "[K, D]", "rows"), (300, "[D, K]", "rows"), (2049, "[K, D]", "rows")}
+
+
+@pytest.mark.parametrize(
+    "classes, layout, blocked", cases(SOME_CLASSES, LAYOUTS, ("rows", "classes"), quick=QUICK_CLASSES)
+)
+def test_any_number_of_classes(classes, layout, blocked):
+    x, w, labels = head(37, 7, classes)
+    options: dict[str, Any] = {"recompute": blocked == "classes", "block_size": 128 if blocked == "classes" else 16}
+
+    def loss(x, w):
+        if layout == "[K, D]":
+            return linear_cross_entropy(x, w.T, labels, class_axis=0, **options)
+        return linear_cross_entropy(x, w, labels, **options)
+
+    got, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(x, w)
+    wanted, wanted_grads = truth(x, w, labels)
+    assert_close(got, wanted, "float32", tolerance=1e-6)
+    assert_all_close(grads, wanted_grads)
+
+
+@by_blocks
+def test_default_blocks_of_a_large_head(recompute):
+    x, w, labels = head(67, 65, 50257)
+    got, grads = jax.jit(jax.value_and_grad(partial(linear_cross_entropy, recompute=recompute), (0, 1)))(x, w, labels)
+    wanted, wanted_grads = truth(x, w, labels)
+    assert_close(got, wanted, "float32", tolerance=1e-6)
+    assert_all_close(grads, wanted_grads)
+
+
+@pytest.mark.parametrize("options", [{"block_size": 256}, {"recompute": True}], ids=["rows", "classes"])
+@pytest.mark.parametrize("rows", [1000, 65536])
+def test_bfloat16_is_accumulated_in_float32(options, rows):
+    x, w, labels = head(rows, 16, 130, jnp.bfloat16)
+    got, (_, dw) = jax.jit(jax.value_and_grad(partial(linear_cross_entropy, **options), (0, 1)))(x, w, labels)
+    wanted, (_, wanted_dw) = truth(x, w, labels)
+    assert_close(got, wanted, "float32", tolerance=1e-5)
+    rounding = np.abs(np.asarray(wanted_dw.astype(jnp.bfloat16), np.float64) - wanted_dw).max()
+    error = np.abs(np.asarray(dw, np.float64) - wanted_dw).max()
+    assert dw.dtype == jnp.bfloat16
+    assert error <= rounding + np.abs(wanted_dw).max() / 256
+
+
+@pytest.mark.parametrize("mode", ["value_and_grad", "jvp", "jvp of grad", "vmap over heads"])
+def test_what_is_blocked_by_platform(mode):
+    """A narrow w and no block_size: rows, or on CPU classes, in every mode."""
+    x, w, labels = head(64, 16, 130, jnp.bfloat16)
+
+    def run(**options):
+        f = partial(linear_cross_entropy, labels=labels, **options)
+        return jax.jit(lambda v: LINEAR_MODES[mode](lambda v: f(*v), v, v))((x, w))
+
+    got, wanted = jax.tree.map(lambda a: a.astype(jnp.float32), (run(), run(block_size=32)))
+    assert_all_close(got, wanted, tolerance=1 / 64)
+
+
+@by_blocks
+def test_float32_parameters_with_bfloat16_matmuls(recompute):
+    x, w, labels = head(64, 16, 130)
+    loss = partial(linear_cross_entropy, recompute=recompute, dtype=jnp.bfloat16)
+    got, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(x, w, labels)
+    wanted, wanted_grads = truth(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), labels)
+    assert {g.dtype for g in grads} == {jnp.dtype("float32")}
+    assert_close(got, wanted, "float32", tolerance=1e-5)
+    assert_all_close(grads, wanted_grads, tolerance=1 / 256)
+
+
+@by_blocks
+def test_confident_rows_are_exact(recompute):
+    margins = np.array([15.0, 30.0, 60.0], np.float32)
+    w = jnp.eye(3, 140)
+    x = jnp.asarray(np.diag(margins))
+    f = jax.jit(partial(linear_cross_entropy, reduction="none" if recompute else "sum"))
+    losses = jnp.stack([f(x[i : i + 1], w, jnp.array([i])).sum() for i in range(3)])
+    wanted = np.log1p(139 * np.exp(-margins.astype(np.float64)))
+    np.testing.assert_allclose(losses, wanted, rtol=2e-6)
+    # Row i of w has nothing but its label's logit, so dx_ii is the gradient there, o − 1.
+    dx = jax.jit(jax.grad(lambda x: f(x, w, jnp.arange(3)).sum()))(x)
+    np.testing.assert_allclose(np.diagonal(dx), np.expm1(-wanted), rtol=2e-6)
+
+
+# ------------------------------------------------------------------------------------ reductions, masks, invalid labels
+
+
+@by_blocks
+@pytest.mark.parametrize("rows", [0, 6])
+def test_nothing_to_average_is_zero(recompute, rows):
+    x, w, _ = head(rows, 3, 5)
+    labels = jnp.full(rows, IGNORED)
+    loss = partial(linear_cross_entropy, ignore_index=IGNORED, recompute=recompute)
+    value_and_gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    for weights in (None, jnp.ones(rows), jnp.zeros(rows)):
+        got = value_and_gradients(x, w, labels, weights=weights)
+        assert all((np.asarray(a) == 0).all() for a in jax.tree.leaves(got))
+
+
+@by_blocks
+def test_ignored_rows_are_as_if_left_out_whatever_they_hold(recompute):
+    x, w, labels = head(9, 3, 5)
+    kept = jnp.arange(9) % 3 != 1
+    x, labels = jnp.where(kept[:, None], x, jnp.nan), jnp.where(kept, labels, IGNORED)
+    loss = partial(linear_cross_entropy, ignore_index=IGNORED, recompute=recompute)
+    got, (dx, dw) = jax.jit(jax.value_and_grad(loss, (0, 1)))(x, w, labels)
+    wanted, (wanted_dx, wanted_dw) = truth(x[kept], w, labels[kept])
+    assert_all_close((got, dx[kept], dw), (wanted, wanted_dx, wanted_dw))
+    assert (np.asarray(dx[~kept]) == 0).all()
+
+
+@by_blocks
+def test_an_invalid_label_is_nan(recompute):
+    x, w, labels = head(4, 3, 5)
+    value_and_dx = jax.jit(jax.value_and_grad(partial(linear_cross_entropy, recompute=recompute)))
+    for class_weights in (None, jnp.ones(5)):
+        for label in (-1, 5, -100, 2**30):
+            got, dx = value_and_dx(x, w, labels.at[2].set(label), class_weights=class_weights)
+            assert np.isnan(got)
+            assert np.isnan(dx[2]).all()
+
+
+@by_blocks
+def test_gradient_accumulation_equals_one_batch(recompute):
+    x, w, labels = head(12, 3, 5)
+    labels = labels.at[:5].set(IGNORED)  # the halves have 1 and 6 tokens
+    loss = partial(linear_cross_entropy, ignore_index=IGNORED, recompute=recompute)
+    dw = jax.jit(jax.grad(loss, 1))
+    parts = [dw(x[i : i + 6], w, labels[i : i + 6], normalizer=7) for i in (0, 6)]
+    assert_all_close(parts[0] + parts[1], dw(x, w, labels))
+
+
+def test_reductions_agree_and_leading_axes_are_kept():
+    x, w, labels = head(12, 3, 5)
+    x, labels = x.reshape(2, 6, 3), labels.reshape(2, 6)
+    weights = jnp.linspace(0, 1, 12).reshape(2, 6)
+    losses = linear_cross_entropy(x, w, labels, weights=weights, reduction="none")
+    assert losses.shape == (2, 6)
+    assert_all_close(linear_cross_entropy(x, w, labels, weights=weights, reduction="sum"), losses.sum())
+    assert_all_close(linear_cross_entropy(x, w, labels, weights=weights), losses.sum() / weights.sum())
+    assert_all_close(linear_cross_entropy(x, w, labels, weights=weights, normalizer=4.0), losses.sum() / 4)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_aux_is_returned_per_row_and_not_differentiated(reduction):
+    x, w, labels = head(12, 3, 5)
+
+    def loss(logits, labels):
+        aux = {"best": logits.argmax(-1), "logits": logits[:, :2]}
+        return jax.nn.logsumexp(logits, -1), aux
+
+    f = fused_linear(loss, has_aux=True, reduction=reduction, block_size=5)
+
+    def summed(x, w):
+        total, aux = f(x, w, labels.reshape(2, 6))
+        return total.sum() + aux["logits"].sum(), aux
+
+    (_, aux), dx = jax.jit(jax.value_and_grad(summed, has_aux=True))(x.reshape(2, 6, 3), w)
+    assert_all_close(aux["logits"], (x @ w).reshape(2, 6, 5)[..., :2])
+    np.testing.assert_array_equal(aux["best"], (x @ w).argmax(-1).reshape(2, 6))
+    wanted = jax.grad(lambda x: jax.nn.logsumexp(x @ w, -1).sum() / (12 if reduction == "mean" else 1))(x)
+    assert_all_close(dx.reshape(12, 3), wanted)
+    rates = jax.jit(lambda *point: jax.jvp(summed, point, point)[1])(x.reshape(2, 6, 3), w)
+    assert (np.asarray(rates[1]["logits"]) == 0).all()
+
+
+def test_integer_arrays_may_be_closed_over_anywhere():
+    x, w, labels = head(4, 3, 5)
+
+    def loss(x, labels):
+        return fused_linear(lambda z: jnp.roll(z, labels[0], 1)[:, 0] ** 2, reduction="sum")(x, w)
+
+    wanted = jax.grad(lambda x: (jnp.roll(x @ w, labels[0], 1)[:, 0] ** 2).sum())(x)
+    assert_all_close(jax.grad(jax.jit(loss))(x, labels), wanted)
+    assert_all_close(jax.vmap(jax.grad(loss), (None, 0))(x, labels[None])[0], wanted)
+    assert_all_close(
+        jax.grad(lambda x: jax.lax.scan(lambda c, y: (c + loss(x, y), None), 0.0, labels[None])[0])(x), wanted
+    )

@@ -1,0 +1,200 @@
+"""What happens at the edges: invalid labels of any dtype, infinities, and rows without a finite maximum.
+
+What is masked or ignored is in `test_masks`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ..helpers import (
+    assert_close,
+    dense_loss,
+    integer_loss,
+    logits,
+    loss_and_gradient,
+    option_sets,
+    probabilities,
+    with_gradient,
+)
+
+N, K = 4, 5
+OPTIONS = option_sets(K, class_weights=[0.0, 0.5, 1.0, 2.0, 3.0])
+each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+INVALID = [K, -1, -K, np.iinfo(np.int32).max, np.iinfo(np.int32).min]
+
+
+def assert_only_row_is_nan(loss, gradient, row: int, others):
+    """`others`: loss and gradient of the same rows, that row being valid."""
+    assert np.isnan(loss[row]) and np.isnan(gradient[row]).all()
+    rest = np.arange(len(loss)) != row
+    np.testing.assert_array_equal(loss[rest], others[0][rest])
+    np.testing.assert_array_equal(gradient[rest], others[1][rest])
+    assert np.abs(gradient[rest]).min() > 0
+
+
+# ------------------------------------------------------------------------------------------------- labels out of range
+
+
+@each_option
+@pytest.mark.parametrize("label", INVALID)
+def test_label_out_of_range_is_nan_in_its_row_only(label, options):
+    z, labels = logits(N, K), jnp.array([1, 2, 3, 4])
+    valid = loss_and_gradient(integer_loss, z, labels, **options)
+    invalid = loss_and_gradient(integer_loss, z, labels.at[1].set(label), **options)
+    assert_only_row_is_nan(*invalid, 1, valid)
+
+
+@pytest.mark.parametrize("label", [*INVALID, K + 1])
+def test_label_out_of_range_is_nan_in_forward_mode_and_at_second_order(label):
+    z, labels = logits(N, K), jnp.array([1, label, 3, 4])
+    loss, rate = jax.jit(lambda z, t: jax.jvp(lambda z: integer_loss(z, labels), (z,), (t,)))(z, logits(N, K, seed=1))
+    invalid = np.array([False, True, False, False])
+    np.testing.assert_array_equal(np.isnan(loss), invalid)
+    np.testing.assert_array_equal(np.isnan(rate), invalid)
+    hessian = jax.jit(jax.hessian(lambda z: integer_loss(z, jnp.array(label))))(z[0])
+    assert np.isnan(hessian).all()
+
+
+@pytest.mark.parametrize("classes", [5, 257])
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32])
+def test_every_integer_dtype_of_labels(dtype, classes):
+    """257 classes do not fit into 8 bits, which must not matter: none of their labels is out of range then."""
+    info, z = np.iinfo(dtype), logits(N, classes)
+    last = min(classes - 1, info.max)
+    beyond = [value for value in (classes, info.max) if classes <= value <= info.max] or [1, 127]
+    labels = np.array([0, last, *beyond[:1], *beyond[-1:]])
+    loss, gradient = loss_and_gradient(integer_loss, z, labels.astype(dtype))
+    wanted, wanted_gradient = loss_and_gradient(integer_loss, z, jnp.asarray(np.where(labels < classes, labels, -1)))
+    np.testing.assert_array_equal(loss, wanted)
+    np.testing.assert_array_equal(gradient, wanted_gradient)
+    np.testing.assert_array_equal(np.isnan(loss), labels >= classes)
+    smallest = integer_loss(z, np.full(N, info.min, dtype))
+    assert np.isnan(smallest).all() if info.min < 0 else np.isfinite(smallest).all()
+
+
+def test_labels_beyond_32_bits_do_not_wrap_around():
+    labels = np.array([2**32 + 1, -(2**32) + 1, 1, 2**33])
+    np.testing.assert_array_equal(np.isnan(integer_loss(logits(N, K), labels)), [True, True, False, True])
+    unsigned = np.array([2**64 - 1, 2**63, 2**32, 1], np.uint64)
+    np.testing.assert_array_equal(np.isnan(integer_loss(logits(N, K), unsigned)), [True, True, True, False])
+
+
+def test_64_bit_labels(x64):
+    labels = jnp.array([2**32 + 1, -(2**32) + 1, 1, 2**33])
+    np.testing.assert_array_equal(np.isnan(integer_loss(logits(N, K), labels)), [True, True, False, True])
+    unsigned = jnp.array([2**64 - 1, 2**63, 2**32, 1], jnp.uint64)
+    np.testing.assert_array_equal(np.isnan(integer_loss(logits(N, K), unsigned)), [True, True, True, False])
+    loss = integer_loss(logits(N, K), jnp.array([1, 2**40, 3, 4]), ignore_index=2**40)
+    np.testing.assert_array_equal(np.asarray(loss) == 0, [False, True, False, False])
+
+
+def test_label_out_of_range_along_another_axis_and_flattened_axes():
+    z = logits(2, N, 3)
+    loss, gradient = loss_and_gradient(integer_loss, z, jnp.array([[0, 1, 4], [3, -1, 2]]), axis=1)
+    np.testing.assert_array_equal(np.isnan(loss), [[False, False, True], [False, True, False]])
+    np.testing.assert_array_equal(np.isnan(gradient), np.broadcast_to(np.isnan(loss)[:, None], z.shape))
+    loss = integer_loss(z, jnp.array([5, 6, -1, 0]), (0, 2))
+    np.testing.assert_array_equal(np.isnan(loss), [False, True, True, False])
+    assert np.isnan(integer_loss(z, jnp.array(z.size), None)) and np.isfinite(
+        integer_loss(z, jnp.array(z.size - 1), None)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- infinities
+
+
+def test_minus_inf_logits_without_target_do_not_count():
+    z, labels = logits(N, K).at[:, 2].set(-jnp.inf), jnp.array([0, 1, 3, 4])
+    rest = np.array([0, 1, 3, 4])
+    wanted = loss_and_gradient(integer_loss, z[:, rest], jnp.array([0, 1, 2, 3]), z_loss=0.1)
+    one_hot = jax.nn.one_hot(labels, K)
+    for got in (
+        loss_and_gradient(integer_loss, z, labels, z_loss=0.1),
+        loss_and_gradient(dense_loss, z, one_hot, z_loss=0.1),
+        loss_and_gradient(
+            dense_loss, z, one_hot, z_loss=0.1, class_weights=jnp.ones(K), label_smoothing=jnp.float32(0)
+        ),
+        loss_and_gradient(integer_loss, z, labels, z_loss=0.1, label_smoothing=jnp.float32(0)),
+    ):
+        assert_close(got[0], wanted[0], "float32")
+        assert_close(got[1][:, rest], wanted[1], "float32")
+        assert (got[1][:, 2] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["class_weights", "logit_cap", "z_loss"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_minus_inf_logits_without_target_leave_the_gradient_of_options_finite(dense, name):
+    z, labels = logits(N, K, seed=3).at[:, 2].set(-jnp.inf), jnp.array([0, 1, 3, 4])
+    options = {"class_weights": jnp.ones(K), "logit_cap": jnp.float32(3), "z_loss": jnp.float32(0.1)}
+
+    def loss(z, o):
+        return (dense_loss(z, jax.nn.one_hot(labels, K), **o) if dense else integer_loss(z, labels, **o)).sum()
+
+    got = jax.grad(loss, argnums=1)(z, {name: options[name]})[name]
+    # −1e4 is as good as −inf to a softmax and to a tanh.
+    wanted = jax.grad(loss, argnums=1)(z.at[:, 2].set(-1e4), {name: options[name]})[name]
+    if name == "class_weights":
+        assert got[2] == 0
+    np.testing.assert_allclose(got, wanted, 1e-5)
+    assert np.abs(wanted).max() > 0.1
+
+
+def test_gradient_of_a_zero_target_at_minus_inf_is_zero():
+    """Not −log 0 = +inf: such a class counts for nothing, in forward mode too."""
+    z, t = logits(N, K), probabilities(N, K).at[:, 2].set(0)
+    rest = np.array([0, 1, 3, 4])
+
+    def rate_and_gradient(z, t):
+        direction = jnp.ones_like(t)
+        rate = jax.jvp(lambda t: dense_loss(z, t), (t,), (direction,))[1]
+        return rate, with_gradient(lambda t: dense_loss(z, t), t)[1]
+
+    rate, gradient = rate_and_gradient(z.at[:, 2].set(-jnp.inf), t)
+    wanted_rate, wanted = rate_and_gradient(z[:, rest], t[:, rest])
+    assert (gradient[:, 2] == 0).all()
+    assert_close(gradient[:, rest], wanted, "float32")
+    assert_close(rate, wanted_rate, "float32")
+
+
+def test_logit_cap_makes_infinite_logits_finite():
+    z, labels = logits(N, K).at[:, 2].set(-jnp.inf).at[0, 4].set(jnp.inf), jnp.array([0, 1, 2, 4])
+    capped = (3 * jnp.tanh(z / 3)).at[0, 4].set(3)
+    loss, gradient = loss_and_gradient(integer_loss, z, labels, logit_cap=3)
+    wanted, wanted_gradient = loss_and_gradient(integer_loss, capped, labels)
+    assert_close(loss, wanted, "float32")
+    slope = np.asarray(1 - jnp.tanh(z / 3) ** 2)
+    assert (gradient[:, 2] == 0).all() and gradient[0, 4] == 0
+    assert_close(gradient, wanted_gradient * slope, "float32", factor=4)
+
+
+def test_target_mass_on_minus_inf_is_inf():
+    z, t = logits(N, K).at[:, 2].set(-jnp.inf), jnp.full((N, K), 0.2)
+    loss, gradient = loss_and_gradient(dense_loss, z, t)
+    assert (loss == np.inf).all()
+    assert_close(gradient, np.asarray(jax.nn.softmax(z)) - 0.2, "float32")
+    loss, gradient = loss_and_gradient(integer_loss, z, jnp.full(N, 2))
+    assert (loss == np.inf).all()
+    assert_close(gradient, np.asarray(jax.nn.softmax(z)) - np.eye(K)[2], "float32")
+    loss, _ = loss_and_gradient(integer_loss, z, jnp.array([0, 1, 3, 4]), label_smoothing=0.1)
+    assert (loss == np.inf).all()
+    # Weight 0 is no mass, and so is no smoothing where the class is masked.
+    weights = jnp.ones(K).at[2].set(0)
+    selections: list[dict[str, Any]] = [{"class_weights": weights}, {"where": jnp.isfinite(z)}]
+    for options in selections:
+        assert np.isfinite(dense_loss(z, t, **options)).all()
+        assert np.isfinite(integer_loss(z, jnp.array([0, 1, 3, 4]), label_smoothing=0.1, **options)).all()
+    assert (integer_loss(z, jnp.full(N, 2), class_weights=weights) == 0).all()
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("dense", [False, True])
+def test_row_without_a_finite_maximum_is_nan(bad, dense):
+    z, labels = logits(N, K), jnp.array([1, 2, 3, 4])
+    call, targets = (dense_loss, jax.nn.one_hot(labels, K)) if dense else (integer_loss, labels)
+    valid = loss_and_gradient(call, z, targets)
+    assert_only_row_is_nan(*loss_and_gradient(call, z.at[1, 0].set(bad), targets), 1, valid)
+    assert_only_row_is_nan(*loss_and_gradient(call, z.at[1].set(-jnp.inf), targets), 1, valid)
