@@ -26,7 +26,9 @@ def max_classes(layer: Layer, rows: int, block_size: int | None) -> int:
     R is the device's peak over its bandwidth: 295 on an H100, 240 on a TPU v5e. So C is 2048 there, or more where the
     float32 logits of a block then still fit in 64 MiB. On CPU they fit in 32 MiB.
     """
-    if block_size is None:
+    if block_size is not None:
+        block_size = 128 * -(-block_size // 128)
+    else:
         block_size = 2**23 // max(1, rows) if layer.on_cpu else max(2048, 2**24 // max(1, rows))
     return layer.devices * block_size // layer.parts
 

@@ -143,12 +143,12 @@ def test_residuals_of_integer_labels(dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_residuals_of_dense_targets(dtype):
-    """Logits and targets in their own dtypes, and two numbers per row."""
+    """Logits and targets in their own dtypes, and three numbers per row."""
     z, targets = jnp.ones((32, 100), dtype), jnp.full((32, 100), 0.01, jnp.bfloat16)
     kept = residuals(dense_loss, z, targets)
     large = [r for r in kept if r.size >= z.size]
     assert sorted(str(r.dtype) for r in large) == sorted([dtype, "bfloat16"])
-    assert sum(r.size for r in kept if r.size < z.size) <= 2 * 32
+    assert sum(r.size for r in kept if r.size < z.size) <= 3 * 32
 
 
 @pytest.mark.parametrize("in_axes", [(0, 0), (1, 1), (2, 0), (0, None), (None, 0)], ids=str)
