@@ -113,7 +113,9 @@ def transposed(pullback: Callable, residuals: Any, tangents: list[Array], like: 
 
     nothing = _nothing(tangents)
     b = jax.tree.map(lambda a: a + _zeros_of(nothing, a), (tangents, zeros))
-    return jax.tree.map(_summed_like, lax.custom_linear_solve(functools.partial(matvec, residuals), b, solve, transpose_solve)[1], like)
+    return jax.tree.map(
+        _summed_like, lax.custom_linear_solve(functools.partial(matvec, residuals), b, solve, transpose_solve)[1], like
+    )
 
 
 def _nothing(arrays: list[Array]) -> Array:

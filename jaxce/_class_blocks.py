@@ -5,18 +5,16 @@ of dw at once, and adds to dx. What is saved is x, w, labels and numbers per row
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 
 from . import _labels, _rule
 from ._autodiff import with_backward
 from ._matmuls import Inputs, Layer, over_classes
 from ._options import Selection, Values, prepared, prepared_vjp
 from ._rule import Row
-from ._schedule import sums_of_block
+from ._schedule import single, sums_of_block
 from ._sharding import ClassShards, gathered, varying_as
 
 
@@ -82,7 +80,7 @@ def _forward(layer: Layer, shards: ClassShards, max_classes: int, inputs: Inputs
 
     zeros = varying_as(jnp.zeros(labels.shape, layer.sum_dtype), *jax.tree.leaves((inputs, selection)))
     t = None if inputs.others.targets is None else zeros
-    nothing = _rule.single(zeros - jnp.inf, zeros > 0, t, None)
+    nothing = single(zeros - jnp.inf, zeros > 0, t, None)
     nothing = nothing._replace(logit=jnp.where(labels == _labels.INVALID, jnp.nan, zeros))
     s = over_classes(step, nothing, layer.classes // layer.parts, max_classes)
     return _rule.row_of(shards.joined(s))

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from . import _checks, _labels
@@ -102,7 +102,6 @@ def _fused(loss_fn, reduction, has_aux, class_axis, dtype, block_size, parts=Non
         lead = x.shape[:-1]
         row_args = jax.tree.map(lambda a: _checks.leading(function, "row_args", jnp.asarray(a), lead), row_args)
         weights, normalizer = _check_weights(function, weights, normalizer, lead, reduction, layer)
-
 
         def blocked(x, w, bias, row_args, weights, normalizer):
             # In shard_map each shard's own gradients are wanted, of what is the same on all too: they are summed later.

@@ -233,7 +233,7 @@ def label_statistics(
     z, selection, shards = labelled_rows(function, logits, labels, axis, where, ignore_index, axis_name)
     options = Options.of(function, statistics_dtype(z), z.ndim, shards, dict(logit_cap=logit_cap))
     row, correct = row_statistics(Values(z, logit_cap=options.logit_cap), selection, shards, with_entropy=True)
-    numbers, correct = (-row.loss, row.log_normalizer, row.entropy), correct > 0
+    numbers, correct = (-row.loss, row.shift + row.log_sum, row.entropy), correct > 0
     if selection.row_mask is not None:
         numbers = (jnp.where(selection.row_mask, n, 0) for n in numbers)
         correct = correct & selection.row_mask

@@ -136,7 +136,7 @@ def combined(row: Row, options: Options, selection: Selection, shards: ClassShar
             share = share if share.ndim == 0 else share[..., 0]
             loss = _times(1 - smoothing, loss) + _times(share, row.target_loss)
     if options.z_loss is not None:
-        loss = loss + options.z_loss * row.log_normalizer**2
+        loss = loss + options.z_loss * (row.shift + row.log_sum) ** 2
     return loss if selection.row_mask is None else jnp.where(selection.row_mask, loss, 0)
 
 

@@ -204,7 +204,9 @@ def _zero_totals(layer: Layer, inputs: Inputs, g, perturbed: Inputs, apart: list
     """Where dw, dbias and the gradients of what the loss closes over are added up."""
 
     def zeros(a, moves):
-        return varying_as(jnp.zeros((*apart, *a.shape), layer.sum_dtype), g, *jax.tree.leaves(inputs)) if moves else None
+        return (
+            varying_as(jnp.zeros((*apart, *a.shape), layer.sum_dtype), g, *jax.tree.leaves(inputs)) if moves else None
+        )
 
     _, consts = inputs.others
     dconsts = jax.tree.map(lambda c, moves: jnp.zeros_like(c) if moves else None, consts, perturbed.others[1])

@@ -19,7 +19,7 @@ from jax import Array, lax
 
 from . import _labels
 from ._options import Selection, Values, prepared, statistics_dtype
-from ._rule import Sums, joined, row_of, single, sums
+from ._rule import Sums, joined, row_of, sums
 from ._sharding import ClassShards, devices
 
 SMALL = 64 * 2**20  # bytes of float32 logits, below which XLA's buffers are recycled and blocks would not pay
@@ -87,6 +87,13 @@ def one_pass(z: Array, at_label: Array | None, t: Array | None, ids: Array | Non
         return without_logit(joined(*(s._replace(logit=jnp.zeros((), z.dtype)) for s in (a, b))))
 
     return lax.reduce(without_logit(each), without_logit(nothing), join, (z.ndim - 1,))
+
+
+def single(z: Array, at_label: Array | None, t: Array | None, ids: Array | None) -> Sums:
+    """The `Sums` of each class by itself. With `ids`, also what the entropy and the arg max need."""
+    zero = jnp.zeros_like(z)
+    rest, logit = (zero, None) if at_label is None else (jnp.where(at_label, zero, 1), jnp.where(at_label, z, 0))
+    return Sums(z, rest, logit, t, None if t is None else zero, None if ids is None else zero, ids)
 
 
 def _separate_passes(shards: ClassShards, with_entropy: bool, arguments: tuple[Values, Selection]) -> Sums:

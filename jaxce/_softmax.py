@@ -61,5 +61,11 @@ def _backward(shards: ClassShards, values: Values, selection: Selection, row: Ro
         at_c = _schedule.is_label(labels, z, shards)
         if in_place:
             logit = _schedule.rounded_alike(jnp.where(at_c, z, row.shift), row.shift, values.logit_cap)
-        row = row._replace(loss=_rule.label_loss(row.shift, row.log_sum, logit))
+        row = row._replace(loss=_label_loss(row.shift, row.log_sum, logit))
     return options_vjp(_rule.gradient(z, at_c, t, row, g))[0]
+
+
+def _label_loss(m: Array, log_sum: Array, logit: Array) -> Array:
+    """−log o_c again, differentiable. `where`: in a sure row m is z_c, and autodiff would compute 1 − 1 for m − z_c."""
+    gap = m - logit
+    return jnp.where(gap + log_sum < 0.5, 0, gap) + log_sum
