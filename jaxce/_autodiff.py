@@ -77,7 +77,7 @@ def with_backward(forward: Callable, backward: Callable) -> Callable[[Any], Any]
 
 
 def transposed(pullback: Callable, residuals: Any, tangents: list[Array], like: Any) -> Any:
-    """P(tangents), like `like`, for the linear map P whose transpose is `pullback(residuals, g)`, a list like `tangents`.
+    """P(tangents), like `like`: P is the linear map whose transpose is `pullback(residuals, g)`, a list like `tangents`.
 
     Reverse mode transposes P, and is to run `pullback` as it is written: JAX's transpose of a transpose turns updates
     in place into sums, and matmuls of bfloat16 into matmuls of float32. Of all that JAX can transpose, only
@@ -113,9 +113,8 @@ def transposed(pullback: Callable, residuals: Any, tangents: list[Array], like: 
 
     nothing = _nothing(tangents)
     b = jax.tree.map(lambda a: a + _zeros_of(nothing, a), (tangents, zeros))
-    return jax.tree.map(
-        _summed_like, lax.custom_linear_solve(functools.partial(matvec, residuals), b, solve, transpose_solve)[1], like
-    )
+    x: Any = lax.custom_linear_solve(functools.partial(matvec, residuals), b, solve, transpose_solve)
+    return jax.tree.map(_summed_like, x[1], like)
 
 
 def _nothing(arrays: list[Array]) -> Array:

@@ -62,7 +62,7 @@ def _block(layer: Layer, shards: ClassShards, inputs: Inputs, selection: Selecti
 
     w = layer.take_w(inputs.w, start, size)
     z = layer.logits(inputs.x, w, take(inputs.bias))
-    ids = jnp.expand_dims(take(shards.ids()), range(z.ndim - 1))
+    ids = jnp.expand_dims(layer.take(shards.ids(), start, size), range(z.ndim - 1))
     selection = selection._replace(class_mask=take(selection.class_mask))
     values = inputs.others._replace(logits=z, class_weights=take(inputs.others.class_weights))
     return w, jax.tree.map(lambda a: varying_as(a, z), values), selection, ids == selection.labels[..., None]

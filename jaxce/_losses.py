@@ -235,9 +235,10 @@ def label_statistics(
     row, correct = row_statistics(Values(z, logit_cap=options.logit_cap), selection, shards, with_entropy=True)
     numbers, correct = (-row.loss, row.shift + row.log_sum, row.entropy), correct > 0
     if selection.row_mask is not None:
-        numbers = (jnp.where(selection.row_mask, n, 0) for n in numbers)
+        numbers = [jnp.where(selection.row_mask, n, 0) for n in numbers]
         correct = correct & selection.row_mask
-    return LabelStatistics(*numbers, correct)
+    log_prob, log_normalizer, entropy = numbers
+    return LabelStatistics(log_prob, log_normalizer, entropy, correct)
 
 
 def check_labels(

@@ -23,19 +23,19 @@ class Values(NamedTuple):
     """What a row's numbers are differentiated with respect to. `None`: not used."""
 
     logits: Any  # [..., K]
-    targets: Array | None = None  # broadcast against the logits; they become
-    target_scale: Array | None = None  # class_weights ⊙ (target_scale·targets + target_floor)
-    target_floor: Array | None = None  # [..., 1]
-    class_weights: Array | None = None  # [1, ..., 1, K]
-    logit_cap: Array | None = None  # []
+    targets: Any = None  # broadcast against the logits; they become
+    target_scale: Any = None  # class_weights ⊙ (target_scale·targets + target_floor)
+    target_floor: Any = None  # [..., 1]
+    class_weights: Any = None  # [1, ..., 1, K]
+    logit_cap: Any = None  # []
 
 
 class Selection(NamedTuple):
     """What takes part."""
 
-    labels: Array | None = None  # [...] as in `_labels`
-    class_mask: Array | None = None  # bool, broadcast against the logits; a row that counts has a class
-    row_mask: Array | None = None  # [...] bool, the rows that count
+    labels: Any = None  # [...] as in `_labels`
+    class_mask: Any = None  # bool, broadcast against the logits; a row that counts has a class
+    row_mask: Any = None  # [...] bool, the rows that count
 
     def class_count(self, shards: ClassShards) -> Array | int:
         """The classes of each row [..., 1] that are not masked, on all shards; at least 1."""

@@ -14,8 +14,8 @@ lse = m + L is kept as two numbers, the shift m = max z and L = log Σ_j exp(z_j
 
     L = log1p(Σ_{j≠c} exp(z_j − m) + expm1(z_c − m))        −log o_c = (m − z_c) + L        o_c − 1 = expm1(log o_c)
 
-A row is sure when −log o_c < 1/2. Then m = z_c, and derivatives take it so: ∂m = onehot(c), ∂L = o − onehot(c). In other
-rows ∂m = 0 and ∂L = o. Only the sum of both matters, but second derivatives keep the digits that each part has.
+A row is sure when −log o_c < 1/2. Then m = z_c, and derivatives take it so: ∂m = onehot(c), ∂L = o − onehot(c). In
+other rows ∂m = 0, ∂L = o. Only the sum of both matters, but second derivatives keep the digits that each part has.
 
 `Sums` is what some classes contribute, and `joined` adds two parts up: classes, blocks or shards, a commutative monoid.
 """
@@ -56,15 +56,14 @@ def sums(z: Array, m: Array, at_label: Array | None, logit: Array | None, t=None
     """The `Sums` of logits z [..., K], given their largest m [...] (for a label, any shift will do)."""
     shift = _finite(m[..., None])
     largest, e, below = z == shift, exp(z - shift), shift - z
-    rest = jnp.where(largest if at_label is None else at_label, 0, e).sum(-1)
+    at_c = largest if at_label is None else at_label
+    rest = jnp.where(at_c, 0, e).sum(-1)
     s = Sums(m, rest if at_label is not None else rest + (largest.sum(-1, dtype=z.dtype) - 1), logit)
     if t is not None:  # 0·log 0 = 0; exactly 0 at the maximum, where LLVM may fuse a product z into the difference
         s = s._replace(mass=jnp.broadcast_to(t.sum(-1), m.shape), distance=_product(t, below, largest).sum(-1))
     if ids is not None:
         first = jnp.where(largest, ids, jnp.iinfo(ids.dtype).max).min(-1)
-        s = s._replace(
-            moment=_product(e, below, largest if at_label is None else largest | at_label).sum(-1), first=first
-        )
+        s = s._replace(moment=_product(e, below, largest | at_c).sum(-1), first=first)
     return s
 
 

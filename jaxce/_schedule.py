@@ -55,9 +55,9 @@ def class_sums(shards: ClassShards, with_entropy: bool, differentiated: bool, va
 
 
 def by_platform(on_cpu: Callable[..., Any], on_accelerators: Callable[..., Any], *args: Any) -> Any:
-    """Symptom: `lax.platform_dependent` is a cond, and vmap moves the batch axis of its operands to the front: a copy of
-    the logits. Remedy: a constant selects between both results, and XLA drops the other one. Test:
-    test_vmap_is_the_batched_loss (memory). All versions."""
+    """Symptom: `lax.platform_dependent` is a cond, and vmap moves the batch axis of its operands to the front: a copy
+    of the logits. Remedy: a constant selects between both results, and XLA drops the other one.
+    Test: test_vmap_needs_at_most_one_array_to_move_its_axes. All versions."""
     cpu = lax.platform_dependent(cpu=lambda: jnp.array(True), default=lambda: jnp.array(False))
     return jax.tree.map(functools.partial(jnp.where, cpu), on_cpu(*args), on_accelerators(*args))
 
@@ -75,8 +75,8 @@ def one_pass(z: Array, at_label: Array | None, t: Array | None, ids: Array | Non
     XLA for GPUs writes capped logits to memory where two operands of the reduce need them. Test: tests/aot, passes."""
     t, ids = (None if a is None else jnp.broadcast_to(a, z.shape) for a in (t, ids))
     last = None if ids is None else jnp.array(jnp.iinfo(ids.dtype).max, ids.dtype)
-    none = (None if a is None else jnp.zeros((), a.dtype) for a in (at_label, t))
-    each, nothing = single(z, at_label, t, ids), single(jnp.full((), -jnp.inf, z.dtype), *none, last)
+    no_label, no_target = (None if a is None else jnp.zeros((), a.dtype) for a in (at_label, t))
+    each, nothing = single(z, at_label, t, ids), single(jnp.full((), -jnp.inf, z.dtype), no_label, no_target, last)
     if with_logit or at_label is None:
         return lax.reduce(each, nothing, joined, (z.ndim - 1,))
 

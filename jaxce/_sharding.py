@@ -1,4 +1,4 @@
-"""What the losses must know of sharded arrays: how classes are split, and how to keep each block's work where its data is.
+"""What the losses must know of sharded arrays: how classes are split, and how blocks keep their work with their data.
 
 Under plain jit XLA decides where every array lives, and a trace sees the mesh of an array, but not which of its axes
 are split over which mesh axes. If an axis is split evenly, though, the number of shards divides both its size and the
@@ -57,7 +57,7 @@ class ClassShards(NamedTuple):
 
 
 def varying_as(a: Array, *arrays: Array | None) -> Array:
-    """`a`, marked in `jax.shard_map` as varying over every mesh axis that any of `arrays` varies over; elsewhere `a`."""
+    """`a`, in `jax.shard_map` marked as varying over every mesh axis that any of `arrays` varies over; elsewhere `a`."""
     for array in arrays:
         if array is not None and _sizes(array, AxisType.Manual):
             # A zero with the type of the array; XLA leaves the sum out.

@@ -1,6 +1,7 @@
-"""The rule on logits, as a `jax.custom_vjp` in every mode: its numbers by the schedule, its gradient `o − y` by `_rule`."""
+"""The rule on logits, a `jax.custom_vjp` in every mode: numbers by the schedule, the gradient `o − y` by `_rule`."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from ._sharding import ClassShards, in_auto
 
 def row_statistics(
     values: Values, selection: Selection, shards: ClassShards, with_entropy: bool = False
-) -> tuple[Row, Array | None]:
+) -> tuple[Row, Any]:
     """The numbers of each row [...], differentiable in every mode with respect to `values`.
 
     In float32, or float64 for float64 logits. With entropy, also 1.0 where the label is the first of the largest
