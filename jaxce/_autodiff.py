@@ -77,7 +77,7 @@ def with_backward(forward: Callable, backward: Callable) -> Callable[[Any], Any]
 
 
 def transposed(pullback: Callable, residuals: Any, tangents: list[Array], like: Any) -> Any:
-    """P(tangents), like `like`: P is the linear map whose transpose is `pullback(residuals, g)`, a list like `tangents`.
+    """P(tangents), like `like`: P is the linear map whose transpose is `pullback(residuals, g)`.
 
     Reverse mode transposes P, and is to run `pullback` as it is written: JAX's transpose of a transpose turns updates
     in place into sums, and matmuls of bfloat16 into matmuls of float32. Of all that JAX can transpose, only

@@ -1,11 +1,11 @@
-"""The schedule of the rule on logits: every trick that makes XLA read them seldom and hold no copy, each by its name.
+"""The schedule of the rule on logits: every trick by which XLA reads them seldom and holds no copy, each by its name.
 
-The mathematics is in `_rule`; without this module it would be as right, but slower and larger. Each note says the
-symptom, the remedy, the test that fails without it, and the versions it is for.
+The mathematics is in `_rule`. Without this module it would be as right, but slower and larger. The note of each trick
+says the symptom, the remedy, the test that fails without it, and the versions it is for, if not all.
 
 On accelerators every number of a row comes from one pass over its logits, a `lax.reduce` whose combiner is
-`_rule.joined`. On a CPU that is 40 % slower than a pass for the maximum and passes for the sums, over blocks of rows
-that stay in its caches. `lax.platform_dependent` chooses: it knows the device compiled for, ahead of time too.
+`_rule.joined`. On a CPU that is 40 % slower than a pass for the maximum and others for the sums, over blocks of rows that
+stay in its caches.
 """
 
 import functools
@@ -26,53 +26,52 @@ SMALL = 64 * 2**20  # bytes of float32 logits, below which XLA's buffers are rec
 BLOCK = 4 * 2**20  # bytes of float32 logits in a block: within the caches, and enough work for each thread
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # for eager calls, each of which would compile the branches anew
-def class_sums(shards: ClassShards, with_entropy: bool, differentiated: bool, values: Values, selection: Selection):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # or each eager call would compile its branches anew
+def class_sums(
+    shards: ClassShards, with_entropy: bool, differentiated: bool, values: Values, selection: Selection
+) -> Sums:
     """The `Sums` of this shard's classes for each row. `differentiated`: the gradient is computed too."""
-    separate = functools.partial(_separate_passes, shards, with_entropy)
-    label_alone = selection.labels is not None and values.targets is None and not with_entropy
-
-    def on_cpu(values, selection):
-        if differentiated and label_alone and keeps_exponentials(values, selection):
-            return separate((values, selection))
-        first = about_label if label_alone and shards.axis_name is None else None
-        return in_row_blocks(separate, values.logits, (values, selection), first)
-
-    def on_accelerators(values, selection):
-        z, t = prepared(values, selection)
-        ids = class_ids_like(z, shards) if with_entropy else None
-        if selection.labels is None:
-            return one_pass(z, None, t, ids)
-        at_label = is_label(selection.labels, z, shards)
-        if reads_label_in_place(values.logits):
-            s = one_pass(z, at_label, t, ids)
-            return s._replace(logit=_nan_if_invalid(s.logit, selection.labels))
-        s = one_pass(z, at_label, t, ids, with_logit=False)
-        logit = _gathered_logit(values, selection, shards)
-        return s._replace(logit=rounded_alike(logit, s.shift, values.logit_cap))
-
+    on_cpu = functools.partial(_on_cpu, shards, with_entropy, differentiated)
+    on_accelerators = functools.partial(_on_accelerators, shards, with_entropy)
     return by_platform(on_cpu, on_accelerators, values, selection)
 
 
 def by_platform(on_cpu: Callable[..., Any], on_accelerators: Callable[..., Any], *args: Any) -> Any:
-    """Symptom: `lax.platform_dependent` is a cond, and vmap moves the batch axis of its operands to the front: a copy
-    of the logits. Remedy: a constant selects between both results, and XLA drops the other one.
-    Test: test_vmap_needs_at_most_one_array_to_move_its_axes. All versions."""
+    """The result of one of the two, by the device that the program is compiled for, ahead of time too.
+
+    Symptom: `lax.platform_dependent` is a cond, and vmap moves its operands' batch axis to the front, by a copy.
+    Remedy: both are traced, a constant selects, and XLA drops the other.
+    Test: test_vmap_needs_at_most_one_array_to_move_its_axes.
+    """
     cpu = lax.platform_dependent(cpu=lambda: jnp.array(True), default=lambda: jnp.array(False))
     return jax.tree.map(functools.partial(jnp.where, cpu), on_cpu(*args), on_accelerators(*args))
 
 
-def sums_of_block(on_cpu: bool, z: Array, at_label: Array, t: Array | None, ids: Array | None) -> Sums:
-    """The `Sums` of a block of logits [..., C] that is not kept."""
-    if not on_cpu:
-        return one_pass(z, at_label, t, ids)
-    return sums(z, z.max(-1), at_label, jnp.where(at_label, z, 0).sum(-1), t, ids)
+# ------------------------------------------------------------------------------------------------------ on accelerators
+
+
+def _on_accelerators(shards: ClassShards, with_entropy: bool, values: Values, selection: Selection) -> Sums:
+    z, t = prepared(values, selection)
+    ids = class_ids_like(z, shards) if with_entropy else None
+    if selection.labels is None:
+        return one_pass(z, None, t, ids)
+    at_label = is_label(selection.labels, z, shards)
+    if reads_label_in_place(values.logits):
+        s = one_pass(z, at_label, t, ids)
+        return s._replace(logit=_nan_if_invalid(s.logit, selection.labels))
+    s = one_pass(z, at_label, t, ids, with_logit=False)
+    logit = _gathered_logit(values, selection, shards)
+    return s._replace(logit=rounded_alike(logit, s.shift, values.logit_cap))
 
 
 def one_pass(z: Array, at_label: Array | None, t: Array | None, ids: Array | None, with_logit: bool = True) -> Sums:
-    """Symptom: a maximum, sums, a mean target and an entropy are 2 to 5 passes over the logits on GPUs and TPUs.
-    Remedy: one variadic reduce of the `Sums` of single classes. Without the label's logit, which may be gathered:
-    XLA for GPUs writes capped logits to memory where two operands of the reduce need them. Test: tests/aot, passes."""
+    """The `Sums` of logits z [..., K], with those for the entropy and the arg max if the classes' `ids` are given.
+
+    Symptom: a maximum, sums, a mean target and an entropy are 2 to 4 passes over the logits on GPUs and TPUs. And XLA for
+    GPUs writes capped logits to memory, in float32, where two operands of a reduce need them.
+    Remedy: one variadic reduce joins single classes. It does without the label's logit where that may be gathered.
+    Test: tests/aot, passes over the logits.
+    """
     t, ids = (None if a is None else jnp.broadcast_to(a, z.shape) for a in (t, ids))
     last = None if ids is None else jnp.array(jnp.iinfo(ids.dtype).max, ids.dtype)
     no_label, no_target = (None if a is None else jnp.zeros((), a.dtype) for a in (at_label, t))
@@ -96,6 +95,27 @@ def single(z: Array, at_label: Array | None, t: Array | None, ids: Array | None)
     return Sums(z, rest, logit, t, None if t is None else zero, None if ids is None else zero, ids)
 
 
+def sums_of_block(on_cpu: bool, z: Array, at_label: Array, t: Array | None, ids: Array | None) -> Sums:
+    """The `Sums` of a block of logits [..., C] that is not kept."""
+    if not on_cpu:
+        return one_pass(z, at_label, t, ids)
+    return sums(z, z.max(-1), at_label, jnp.where(at_label, z, 0).sum(-1), t, ids)
+
+
+# ------------------------------------------------------------------------------------------------------------- on a CPU
+
+
+def _on_cpu(
+    shards: ClassShards, with_entropy: bool, differentiated: bool, values: Values, selection: Selection
+) -> Sums:
+    separate = functools.partial(_separate_passes, shards, with_entropy)
+    label_alone = selection.labels is not None and values.targets is None and not with_entropy
+    if differentiated and label_alone and keeps_exponentials(values, selection):
+        return separate((values, selection))
+    first = about_label if label_alone and shards.axis_name is None else None
+    return in_row_blocks(separate, values.logits, (values, selection), first)
+
+
 def _separate_passes(shards: ClassShards, with_entropy: bool, arguments: tuple[Values, Selection]) -> Sums:
     values, selection = arguments
     values = rounded_once(values)
@@ -110,45 +130,73 @@ def _separate_passes(shards: ClassShards, with_entropy: bool, arguments: tuple[V
 
 
 def about_label(arguments: tuple[Values, Selection]) -> tuple[Sums, Array]:
-    """Symptom: the maximum takes a pass and a copy of the block, half of a large loss's time on a CPU.
-    Remedy: where there is but a label, shift by its own logit: one pass. exp(z_j − z_y) overflows once the loss exceeds
-    88; already at 32 its rounding costs o about 1e-6. Rows above 32 are redone about their maximum: the second result
-    says which rows are good. Test: test_losses_of_any_size (values); the benchmark (time). All versions."""
+    """The `Sums` where there is but a label, and for which rows they are good.
+
+    Symptom: the maximum takes a pass and a copy of the block, half of a large loss's time.
+    Remedy: shift by the label's own logit instead. exp(z_j − z_y) overflows once the loss exceeds 88; already at 32 its
+    rounding costs o about 1e-6. Rows above 32 are redone about their maximum.
+    Test: test_losses_of_any_size for the values; the time is in the benchmark.
+    """
     values, selection = arguments
     shards = ClassShards(values.logits.shape[-1])
     # The barrier has the label's logit computed once per row, not for each class.
     logit = lax.optimization_barrier(_gathered_logit(values, selection, shards))
     z, _ = prepared(values, selection)
     s = sums(z, logit, is_label(selection.labels, z, shards), logit)
-    loss = row_of(s).loss
-    return s, (loss < 32) | jnp.isnan(logit)
+    return s, (row_of(s).loss < 32) | jnp.isnan(logit)
 
 
 def maximum(values: Values, selection: Selection, z: Array) -> Array:
-    """Symptom: XLA on CPU keeps the float32 cast of bfloat16 logits for the exponentials, a copy of them.
-    Remedy: where logits are only cast, the maximum is taken before the cast. Test: test_large_logits_leave_no_temporary."""
+    """Symptom: XLA keeps the float32 cast of bfloat16 logits, a copy, for the passes after the maximum.
+    Remedy: where logits are only cast, the maximum is taken before the cast.
+    Test: test_large_logits_leave_no_temporary.
+    """
     return (values.logits if _only_casts(values, selection) else z).max(-1).astype(z.dtype)
+
+
+def keeps_exponentials(values: Values, selection: Selection) -> bool:
+    """Whether XLA is to make the gradient, in place, of the very exponentials that the forward pass summed.
+
+    Symptom: on rows of fewer than 128 classes a second exp costs more than a pass over memory. And jax 0.10 does not
+    write the gradient over logits that a loop has read.
+    Remedy: there the forward pass takes no blocks, so that XLA merges its exponentials with the gradient's.
+    Test: the benchmark, logits 1024×1000 and, on jax 0.10, logits from a matmul.
+    """
+    without_cast = values.logits.dtype == statistics_dtype(values.logits) and _only_casts(values, selection)
+    return without_cast and (values.logits.shape[-1] < 128 or jax.__version_info__[:2] == (0, 10))
+
+
+def _only_casts(values: Values, selection: Selection) -> bool:
+    """Whether that is all that `prepared` does to the logits."""
+    return values.logit_cap is None and selection.class_mask is None and selection.row_mask is None
+
+
+# ------------------------------------------------------------------------------- the label's logit, forward and backward
 
 
 def rounded_once(values: Values) -> Values:
     """Symptom: XLA recomputes logits that are a product in each pass, rounded differently: z_y − m is not exactly 0.
-    Remedy: a barrier materializes them once. Test: test_accuracy, logits that are a product. All versions."""
+    Remedy: a barrier materializes them once.
+    Test: test_logits_that_are_a_product_are_rounded_once.
+    """
     return values._replace(logits=lax.optimization_barrier(values.logits))
 
 
 def label_logit(values: Values, selection: Selection, m: Array, shards: ClassShards) -> tuple[Values, Array]:
     """The label's logit, and the values to go on with.
 
-    Symptom: gathering first delays the CPU's threads; gathering last keeps the logits alive, so exp needs a second
-    buffer; gathering after the cast makes TPUs cast all logits. Remedy: barriers fix the order max, gather, exp, and
-    the cast comes after the gather. Capped exponentials do not depend on the logits' buffer, and a barrier would have a
-    CPU cap them twice. Tests: test_large_vocabulary_needs_no_temporary, tests/aot. All versions."""
+    Symptom: gathering first delays the CPU's threads; gathering last keeps the logits alive, so that exp needs a second
+    buffer; gathering after the cast makes TPUs cast all logits.
+    Remedy: barriers fix the order max, gather, exp, and the cast comes after the gather. Exponentials of capped logits do
+    not overwrite the logits, and with a barrier a CPU would cap them twice.
+    Test: test_large_vocabulary_needs_no_temporary, and tests/aot.
+    """
     late = lax.optimization_barrier((values.logits, m))[0]
     logit = rounded_alike(_gathered_logit(values._replace(logits=late), selection, shards), m, values.logit_cap)
-    if values.logit_cap is None:
-        late, logit = lax.optimization_barrier((late, logit))
-        return values._replace(logits=late), logit
-    return values, logit
+    if values.logit_cap is not None:
+        return values, logit
+    late, logit = lax.optimization_barrier((late, logit))
+    return values._replace(logits=late), logit
 
 
 def _gathered_logit(values: Values, selection: Selection, shards: ClassShards) -> Array:
@@ -164,48 +212,23 @@ def _nan_if_invalid(logit: Array, labels: Array) -> Array:
 
 
 def rounded_alike(logit: Array, m: Array, cap: Array | None) -> Array:
-    """Symptom: a capped label, compiled apart from the others, can be one rounding off the maximum that it is: the gap
-    costs a confident row's loss its digits. Remedy: within 4 ulp it is the maximum; the derivative stays the label's
-    own. Test: test_options, confident capped rows. All versions."""
+    """Symptom: a capped label, compiled apart from the others, can be one rounding off the maximum that it is. The gap
+    costs a confident row's loss its digits.
+    Remedy: within 4 ulp it is the maximum. The derivative stays the label's own.
+    Test: test_gradient_through_a_saturated_cap_is_exact.
+    """
     if cap is None:
         return logit
     gap = lax.stop_gradient(m - logit)
     return logit + jnp.where(jnp.abs(gap) <= 4 * jnp.finfo(m.dtype).eps * jnp.abs(m), gap, 0)
 
 
-@jax.jit
-def _after(logits: Array, *numbers: Array) -> Array:
-    return lax.platform_dependent(
-        logits, *numbers, cpu=lambda z, *_: z, default=lambda *args: lax.optimization_barrier(args)[0]
-    )
-
-
-def reread(values: Values, *numbers: Array) -> Values:
-    """Symptom: XLA for GPUs writes capped logits in float32 in the forward pass, to read them in the backward pass: 4 GiB
-    for [8192, 131072]. Remedy: accelerators may not read the logits before a row's numbers are known, and cap them
-    again. On a CPU the copy costs less than another tanh. Test: tests/aot, every option. All versions."""
-    return values if values.logit_cap is None else values._replace(logits=_after(values.logits, *numbers))
-
-
 def reads_label_in_place(logits: Array) -> bool:
-    """Symptom: with classes split over devices, gathering z_y again would communicate.
-    Remedy: the gradient reads it where it lies, at one expm1 per logit. Test: test_sharded_matrix (collectives)."""
+    """Symptom: with classes split over devices, gathering z_y would communicate.
+    Remedy: it is read where it lies: summed in the pass, and in the gradient at one expm1 per logit.
+    Test: test_three_numbers_per_row_are_summed_over_classes_and_none_for_the_gradient.
+    """
     return devices(logits) > 1
-
-
-def keeps_exponentials(values: Values, selection: Selection) -> bool:
-    """Whether XLA is to make the gradient, in place, of the very exponentials that the forward pass summed.
-
-    Symptom: on rows of fewer than 128 classes a second exp costs more than a pass over memory; and jax 0.10 does not
-    write the gradient over logits that a loop has read. Remedy: there the forward pass takes no blocks, so that XLA
-    merges its exponentials with the gradient's. Tests: the benchmark; on jax 0.10 test_compiled, donated logits."""
-    without_cast = values.logits.dtype == statistics_dtype(values.logits) and _only_casts(values, selection)
-    return without_cast and (values.logits.shape[-1] < 128 or jax.__version_info__[:2] == (0, 10))
-
-
-def _only_casts(values: Values, selection: Selection) -> bool:
-    """Whether that is all that `prepared` does to the logits."""
-    return values.logit_cap is None and selection.class_mask is None and selection.row_mask is None
 
 
 def class_ids_like(z: Array, shards: ClassShards) -> Array:
@@ -215,6 +238,9 @@ def class_ids_like(z: Array, shards: ClassShards) -> Array:
 
 def is_label(labels: Array, z: Array, shards: ClassShards) -> Array:
     return class_ids_like(z, shards) == labels[..., None]
+
+
+# -------------------------------------------------------------------------------------------------- blocks of rows, CPU
 
 
 def rows_per_block(logits: Array) -> int | None:
@@ -233,12 +259,14 @@ def rows_per_block(logits: Array) -> int | None:
 def in_row_blocks(f: Callable[[Any], Any], logits: Array, args: Any, first: Callable[[Any], Any] | None = None) -> Any:
     """`f(args)`: arrays of one number for each row of `logits` [..., K]. `f` may see blocks of rows only.
 
-    Symptom: XLA on CPU materializes every intermediate. Buffers above 32 MiB are freshly mapped, and their page faults
-    cost more than the arithmetic. Remedy: a few MiB of rows at a time stay in cache. Tests: test_large_logits_*.
-
     An array in `args` has the leading axes of `logits`, or is shared by all rows and has leading axes of size 1.
     `first`, if given, makes the numbers of a block more cheaply, and says for which rows they are good: `f` sees the
-    blocks where not all are. It is never differentiated.
+    blocks where not all are. This is never differentiated.
+
+    Symptom: XLA on CPU materializes every intermediate. Buffers above 32 MiB are freshly mapped, and their page faults
+    cost more than the arithmetic.
+    Remedy: a few MiB of rows at a time stay in cache.
+    Test: test_large_logits_fault_no_pages_but_the_gradients.
     """
     lead, size = logits.shape[:-1], rows_per_block(logits)
     ones = (1,) * len(lead)
@@ -270,14 +298,18 @@ def _in_row_blocks(f, first, lead: tuple[int, ...], size: int, args):
 
 
 def _copied(f, block):
-    """Symptom: XLA casts all logits to float32 outside of the loop. Remedy: a barrier has each block copied, into cache.
-    Test: test_large_logits_leave_no_temporary, bf16. From jax 0.11; 0.10 casts in any loop."""
+    """Symptom: XLA casts all logits to float32 outside of the loop.
+    Remedy: a barrier has each block copied, into cache.
+    Test: test_large_logits_leave_no_temporary, bf16. From jax 0.11 on; 0.10 casts in any loop.
+    """
     return f(lax.optimization_barrier(block))
 
 
 def _second_look(f, first, block, i, blocks):
-    """Symptom: vmap turns a cond into both of its branches. Remedy: a while_loop that runs at most once. Its step reads
-    the index that it changes, or XLA would hoist it. Test: test_large_logits_leave_no_temporary, gradient."""
+    """Symptom: vmap turns a cond into both of its branches; and XLA hoists a loop that seldom runs.
+    Remedy: a while_loop that runs at most once, whose step reads the index that it changes.
+    Test: test_large_logits_leave_no_temporary, gradient.
+    """
     numbers, good = first(block(i))
     start = numbers, jnp.where(good.all(), blocks, i)
     return lax.while_loop(lambda s: s[1] < blocks, lambda s: (_copied(f, block(s[1])), s[1] + blocks), start)[0]

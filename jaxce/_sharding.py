@@ -57,7 +57,7 @@ class ClassShards(NamedTuple):
 
 
 def varying_as(a: Array, *arrays: Array | None) -> Array:
-    """`a`, in `jax.shard_map` marked as varying over every mesh axis that any of `arrays` varies over; elsewhere `a`."""
+    """`a`, in `jax.shard_map` marked as varying over every mesh axis that any of `arrays` varies over."""
     for array in arrays:
         if array is not None and _sizes(array, AxisType.Manual):
             # A zero with the type of the array; XLA leaves the sum out.

@@ -53,7 +53,6 @@ def _backward(shards: ClassShards, values: Values, selection: Selection, row: Ro
     values = _schedule.rounded_once(values)
     if labels is not None and not in_place:
         values, logit = _schedule.label_logit(values, selection, row.shift, shards)
-    values = _schedule.reread(values, row.shift, row.log_sum)
     (z, t), options_vjp = prepared_vjp(values, selection)
     row, g, logit = jax.tree.map(lambda a: a[..., None], (row, g, logit))
     if labels is None:
