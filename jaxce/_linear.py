@@ -99,7 +99,7 @@ def _fused(loss_fn, reduction, has_aux, class_axis, dtype, block_size, parts=Non
 
     def fused(x, w, *row_args, bias=None, weights=None, normalizer=None):
         layer, x, w, bias = Layer.of(function, x, w, bias, class_axis, dtype)
-        lead = x.shape[:-1]
+        lead, split = x.shape[:-1], parts or row_parts(x)
         row_args = jax.tree.map(lambda a: _checks.leading(function, "row_args", jnp.asarray(a), lead), row_args)
         weights, normalizer = _check_weights(function, weights, normalizer, lead, reduction, layer)
 
@@ -107,9 +107,7 @@ def _fused(loss_fn, reduction, has_aux, class_axis, dtype, block_size, parts=Non
             # In shard_map each shard's own gradients are wanted, of what is the same on all too: they are summed later.
             x = varying_as(x, *jax.tree.leaves(row_args))
             row_args = jax.tree.map(lambda a: varying_as(a, x), row_args)
-            row_split = parts or row_parts(x)
-            arguments = row_split, block_size, x, w, bias, row_args
-            sweep, inputs = sweep_of(function, layer, loss_fn, has_aux, *arguments)
+            sweep, inputs = sweep_of(function, layer, loss_fn, has_aux, split, block_size, x, w, bias, row_args)
             if reduction == "none":
                 losses, aux = with_backward(sweep, lambda inputs, _, g, moves: sweep(inputs, g, moves)[0][1])(inputs)
                 return losses if weights is None else weights * losses, aux

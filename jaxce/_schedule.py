@@ -4,8 +4,8 @@ The mathematics is in `_rule`. Without this module it would be as right, but slo
 says the symptom, the remedy, the test that fails without it, and the versions it is for, if not all.
 
 On accelerators every number of a row comes from one pass over its logits, a `lax.reduce` whose combiner is
-`_rule.joined`. On a CPU that is 40 % slower than a pass for the maximum and others for the sums, over blocks of rows that
-stay in its caches.
+`_rule.joined`. On a CPU that is 40 % slower than a pass for the maximum and others for the sums, over blocks of rows
+that stay in its caches.
 """
 
 import functools
@@ -47,9 +47,6 @@ def by_platform(on_cpu: Callable[..., Any], on_accelerators: Callable[..., Any],
     return jax.tree.map(functools.partial(jnp.where, cpu), on_cpu(*args), on_accelerators(*args))
 
 
-# ------------------------------------------------------------------------------------------------------ on accelerators
-
-
 def _on_accelerators(shards: ClassShards, with_entropy: bool, values: Values, selection: Selection) -> Sums:
     z, t = prepared(values, selection)
     ids = class_ids_like(z, shards) if with_entropy else None
@@ -67,8 +64,8 @@ def _on_accelerators(shards: ClassShards, with_entropy: bool, values: Values, se
 def one_pass(z: Array, at_label: Array | None, t: Array | None, ids: Array | None, with_logit: bool = True) -> Sums:
     """The `Sums` of logits z [..., K], with those for the entropy and the arg max if the classes' `ids` are given.
 
-    Symptom: a maximum, sums, a mean target and an entropy are 2 to 4 passes over the logits on GPUs and TPUs. And XLA for
-    GPUs writes capped logits to memory, in float32, where two operands of a reduce need them.
+    Symptom: a maximum, sums, a mean target and an entropy are 2 to 4 passes over the logits on GPUs and TPUs. XLA for
+    GPUs also writes capped logits to memory, in float32, where two operands of a reduce need them.
     Remedy: one variadic reduce joins single classes. It does without the label's logit where that may be gathered.
     Test: tests/aot, passes over the logits.
     """
@@ -100,9 +97,6 @@ def sums_of_block(on_cpu: bool, z: Array, at_label: Array, t: Array | None, ids:
     if not on_cpu:
         return one_pass(z, at_label, t, ids)
     return sums(z, z.max(-1), at_label, jnp.where(at_label, z, 0).sum(-1), t, ids)
-
-
-# ------------------------------------------------------------------------------------------------------------- on a CPU
 
 
 def _on_cpu(
@@ -171,9 +165,6 @@ def _only_casts(values: Values, selection: Selection) -> bool:
     return values.logit_cap is None and selection.class_mask is None and selection.row_mask is None
 
 
-# ------------------------------------------------------------------------------- the label's logit, forward and backward
-
-
 def rounded_once(values: Values) -> Values:
     """Symptom: XLA recomputes logits that are a product in each pass, rounded differently: z_y − m is not exactly 0.
     Remedy: a barrier materializes them once.
@@ -187,8 +178,8 @@ def label_logit(values: Values, selection: Selection, m: Array, shards: ClassSha
 
     Symptom: gathering first delays the CPU's threads; gathering last keeps the logits alive, so that exp needs a second
     buffer; gathering after the cast makes TPUs cast all logits.
-    Remedy: barriers fix the order max, gather, exp, and the cast comes after the gather. Exponentials of capped logits do
-    not overwrite the logits, and with a barrier a CPU would cap them twice.
+    Remedy: barriers fix the order max, gather, exp, and the cast comes after the gather. Exponentials of capped logits
+    do not overwrite the logits, and with a barrier a CPU would cap them twice.
     Test: test_large_vocabulary_needs_no_temporary, and tests/aot.
     """
     late = lax.optimization_barrier((values.logits, m))[0]
@@ -238,9 +229,6 @@ def class_ids_like(z: Array, shards: ClassShards) -> Array:
 
 def is_label(labels: Array, z: Array, shards: ClassShards) -> Array:
     return class_ids_like(z, shards) == labels[..., None]
-
-
-# -------------------------------------------------------------------------------------------------- blocks of rows, CPU
 
 
 def rows_per_block(logits: Array) -> int | None:
