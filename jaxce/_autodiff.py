@@ -94,7 +94,8 @@ def transposed(pullback: Callable, residuals: Any, tangents: list[Array], like: 
     floating = [a for a in jax.tree.leaves(residuals) if jnp.issubdtype(a.dtype, jnp.inexact)]
 
     def push(residuals, t):
-        return jax.linear_transpose(functools.partial(pullback, residuals), zeros)(t)[0]
+        # `jax.linear_transpose` would take what a checkpointed loop computes of residuals for linear too.
+        return jax.vjp(functools.partial(pullback, residuals), zeros)[1](t)[0]
 
     @_saving_arguments
     def matvec(residuals, x):
