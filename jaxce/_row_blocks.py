@@ -104,10 +104,14 @@ def sweep_of(
     """
     consts: list[Any] = []
 
+    @functools.cache  # blocks of the same size share one trace of the loss
+    def block_loss(blocks: RowBlocks) -> Callable:
+        return _hoisted(function, layer, loss_fn, has_aux, blocks, (x, w, bias, rows), consts)
+
     def plan(layer: Layer) -> Plan:
         most = layer.devices * (block_size or max_rows(layer, x.shape[-1]))
         blocks = RowBlocks.of(x.shape[:-1], parts, most)
-        return Plan(blocks, _hoisted(function, layer, loss_fn, has_aux, blocks, (x, w, bias, rows), consts))
+        return Plan(blocks, block_loss(blocks))
 
     plans = {"cpu": plan(layer._replace(platform="cpu")), "gpu": plan(layer)}
     plans["tpu"] = plans["gpu"]
