@@ -1,6 +1,15 @@
-"""The softmax cross-entropy for JAX, with its analytic gradient o − y.
+"""Softmax cross-entropy for JAX, with its analytic gradient `o − y`. `python -m jaxce` verifies an install.
 
-Names used throughout, in the field's and the derivation's letters:
+    you have                                              use
+    integer labels                                        softmax_cross_entropy_with_integer_labels(logits, labels)
+    target probabilities, one-hot or soft                 softmax_cross_entropy(logits, labels)
+    a language model's head x @ w, with too many logits   linear_cross_entropy(x, w, labels)
+    any other loss of such logits                         fused_linear(loss_fn)(x, w, *row_args)
+    a policy or a metric: log-probability, entropy, …     label_statistics(logits, labels)
+    a NaN loss, and perhaps a label out of range          check_labels(labels, num_classes), under checkify
+    a proof to follow                                     jaxce.reference, the naive formulas
+
+In the letters of the derivation, with N rows (any number of leading axes), K classes, D features and blocks of B rows:
 
     z    logits [..., K]: unnormalized log-probabilities
     o    softmax(z) [..., K]: probabilities
@@ -8,8 +17,6 @@ Names used throughout, in the field's and the derivation's letters:
     t    targets after smoothing and weighting;  a = Σ_j t_j
     E    loss [...], in nats, one per row
     lse  log-normalizer log Σ_k exp z_k [...] = m + L, with the shift m = max z
-
-    N rows (any number of leading axes), K classes
 """
 
 from . import reference as reference
@@ -21,4 +28,6 @@ from ._losses import label_statistics as label_statistics
 from ._losses import softmax_cross_entropy as softmax_cross_entropy
 from ._losses import softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels
 
+__all__ = ["LabelStatistics", "check_labels", "fused_linear", "label_statistics", "linear_cross_entropy", "reference"]
+__all__ += ["softmax_cross_entropy", "softmax_cross_entropy_with_integer_labels"]
 __version__ = "0.1.0"

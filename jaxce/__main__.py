@@ -1,8 +1,7 @@
 """`python -m jaxce`: is this install right on this machine?
 
-On every backend present: losses and analytic gradients against `jax.grad` of the naive formula and against a float64
-oracle, confident predictions included, with the time and the temp memory of a training step's loss beside optax's,
-where that is installed. Exits with 0 if every error is within its limit, else with 1.
+Compares losses and gradients on every backend with a float64 oracle and with `jax.grad` of the naive formula, and times
+them beside optax's, if installed, with their temp memory. Exits with 0 if every error is within its limit, else with 1.
 """
 
 import argparse
@@ -93,7 +92,6 @@ def accuracy_table(platform: str, device) -> list[dict[str, Any]]:
 
 
 def linear_table(platform: str, device) -> list[dict[str, Any]]:
-    """linear_cross_entropy, by blocks of rows and of classes: the gradients of x and w against a float64 oracle."""
     rows = []
     with jax.default_device(device):
         for dtype in GRADIENT_TOLERANCE:
@@ -124,7 +122,6 @@ def linear_problem(rows: int, features: int, classes: int, dtype: str) -> tuple[
 
 
 def against_autodiff(platform: str, integer: Callable, naive: Callable) -> dict[str, Any]:
-    """The analytic gradient against `jax.grad` of the naive formula, at logits where that formula holds."""
     logits, labels = problem("random", "float32")
     (loss, grad), (naive_loss, naive_grad) = (per_row(f)(logits, labels) for f in (integer, naive))
     loss_error = float(jnp.max(jnp.abs(loss - naive_loss) / naive_loss))
@@ -149,7 +146,6 @@ def verdict(platform: str, check: str, dtype: str, errors: tuple, limits: tuple)
 
 
 def timed() -> dict[str, dict[str, Callable]]:
-    """The losses to time, ours and optax's: mean losses of (logits, labels), and of (x, w, labels)."""
     integer = jaxce.softmax_cross_entropy_with_integer_labels
     logits = {"jaxce": lambda z, labels: integer(z, labels).mean()}
     linear: dict[str, Callable] = {"jaxce, linear": jaxce.linear_cross_entropy}

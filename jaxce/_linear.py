@@ -1,13 +1,11 @@
-"""Losses of a linear layer's outputs that never hold more than a block of the logits.
+"""Losses of a linear layer's outputs, which hold one block of the logits z = x·W + b at a time.
 
-With logits z = x·W + b, a row-wise loss ℓ and its gradient δ, a step of training has three matmuls: z, dx = δ·Wᵀ and
-dW = xᵀ·δ. Two ways not to hold z and δ:
+Training takes three matmuls: z, and from the loss's gradient δ, dx = δ·Wᵀ and dW = xᵀ·δ. There are two kinds of blocks:
 
-* by blocks of rows (`jaxce._row_blocks`), for any loss. A scalar Σ_i g_i ℓ_i knows the cotangents g beforehand, so the
-  loop that computes the losses finishes dx, dW, … while a block's logits are live, and reverse mode only scales them:
-  3 matmuls. Without differentiation only the losses are computed: 1 matmul. Losses per row learn g in the backward
-  pass, which makes the logits again: 4 matmuls.
-* by blocks of classes (`jaxce._class_blocks`), for the softmax cross-entropy: 4 matmuls, and dW needs no accumulator.
+* Of rows, for any loss ℓ. A sum Σ_i g_i ℓ_i knows g beforehand: dx and dW are finished while a block's z is live, and
+  reverse mode only scales them. Losses per row learn g in the backward pass, and compute z again: 4 matmuls.
+* Of classes, for the softmax cross-entropy. The backward pass reads x, W, labels and numbers per row, and computes z
+  again: 4 matmuls. dW needs no accumulator.
 """
 
 import functools
@@ -40,54 +38,47 @@ def fused_linear(
     dtype: DTypeLike | None = None,
     block_size: int | None = None,
 ) -> Callable[..., Any]:
-    """Turns a row-wise loss of logits into a loss of the linear layer before it, which never holds all the logits.
+    """Turns a row-wise loss of logits into a loss `f` of the linear layer before it, which never holds all the logits.
 
-    The result is the function `f(x, w, *row_args, bias=None, weights=None, normalizer=None)` that returns what
-    `loss_fn(x @ w + bias, *row_args)`, reduced over rows, returns, in about the time of its three matmuls. Every mode
-    of differentiation works: grad, jvp, jacfwd, hessian, vmap, scan, checkpoint, … with respect to `x`, `w`, `bias`,
-    `weights`, `normalizer`, floating row arguments and arrays that `loss_fn` closes over; what is not asked for costs
-    nothing.
+    `f(x, w, *row_args, bias=None, weights=None, normalizer=None)` equals `loss_fn(x @ w + bias, *row_args)`, reduced
+    over rows, in about the time of its three matmuls (`jaxce/_linear.py` tells how). Every differentiation mode works,
+    for floating arguments and arrays that `loss_fn` closes over. Gradients not asked for cost nothing.
 
     Args:
-        loss_fn: maps logits [B, K], float32 (float64 for float64 operands), and a block [B, ...] of each row argument
-            to losses [B]; with `has_aux`, to (losses, aux), aux a pytree of arrays [B, ...]. A row's loss must depend
-            on that row alone. It sees some row twice when the rows cannot be split evenly.
-        reduction: "mean" (default), Σ weights·loss / Σ weights, or / `normalizer`, and 0 where that divisor is 0;
-            "sum", Σ weights·loss; or "none", weights·loss of each row.
-        has_aux: whether `loss_fn` returns aux, which is not differentiated. Default False.
-        class_axis: -1 (default) for w [D, K], 0 for w [K, D], as tied embeddings have it.
-        dtype: floating dtype of the matmuls' operands, default that of x @ w. Sums are in float32 (float64) whatever it
-            is, and the gradients in the dtypes of their arguments.
-        block_size: rows per block, at most; default chosen from D and K (see `jaxce._row_blocks`).
+        loss_fn: maps a block of logits [rows, num_classes], in float32 (float64 for float64 operands), and of row
+            arguments [rows, ...] to losses [rows], each of its row alone. It may see some rows twice.
+        reduction: "mean" is Σ weights·loss / Σ weights, or / `normalizer`, and 0 where that divisor is 0. "sum" is
+            Σ weights·loss, and "none" is weights·loss of each row.
+        has_aux: whether `loss_fn` returns (losses, aux), aux a pytree of arrays [rows, ...]. It is not differentiated.
+        class_axis: -1 for w [num_features, num_classes], 0 for its transpose, as tied embeddings have it.
+        dtype: floating dtype of the matmuls' operands, by default that of x @ w. The logits' gradients are rounded to
+            it: with the 1/N of a mean, float16 underflows, bfloat16 does not. Sums are always in float32 (float64), and
+            gradients in their arguments' dtypes.
+        block_size: rows per block, at most. Default: 1024; on a CPU 128 to 512, fewer for many classes or few features.
 
     Returns:
-        `f`. Its arguments: x [..., D] and w floating; row arguments, pytrees of arrays [..., any]; bias [K] floating;
-        weights [...] real, default all ones; normalizer, a real scalar, for the mean only: a global token count, for
-        gradient accumulation and data parallelism. It returns the loss, float32 (float64), [] or [...] for "none"; with
-        `has_aux`, (loss, aux), aux arrays [..., any].
+        `f`. It takes floating x [..., num_features] and w; row arguments, pytrees of arrays [..., any]; a floating bias
+        [num_classes]; real weights [...], default all ones; and for a mean, a real scalar `normalizer`, such as the
+        global token count of data parallelism or gradient accumulation. It returns the loss, in float32 (float64), a
+        scalar or [...] for "none"; with `has_aux`, (loss, aux). Without rows, a sum or mean is 0.
 
     Raises:
-        TypeError: a dtype is wrong (here, or when `f` is called).
-        ValueError: a shape or an option is wrong, or there is no class.
+        TypeError: a dtype is wrong, here or when `f` is called.
+        ValueError: a shape or an option is wrong, there is no class, or `normalizer` is given without a mean.
 
-    With no rows, a sum or mean is 0 with zero gradients. Only operands of dtype bfloat16 or wider keep small gradients:
-    the logits' gradients, which contain the 1/N of a mean, are rounded to the operands' dtype.
-
-    Inside `jax.shard_map` (with check_vma=True) rows, classes or both may be split: `loss_fn` sees this shard's logits,
-    and reduces over the mesh axis of the classes itself (the losses of this package do so by their `axis_name`).
-    Gradients are summed over shards as the types say.
+    Inside `jax.shard_map` (with check_vma=True) rows, classes or both may be split. `loss_fn` then sees its shard's
+    logits, and reduces over the classes' mesh axis itself, as this package's losses do by `axis_name`. Gradients are
+    summed over shards as the types say. To differentiate a closed-over array that shards share, `jax.lax.pcast` it.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxce
         >>> def focal(logits, labels):
         ...     loss = jaxce.softmax_cross_entropy_with_integer_labels(logits, labels)
         ...     return (1 - jnp.exp(-loss)) ** 2 * loss
-        >>> x, w, y = jnp.ones((6, 3)), jnp.eye(3, 5), jnp.array([0, 1, 2, 3, 4, 0])
-        >>> loss, (dx, dw) = jax.value_and_grad(jaxce.fused_linear(focal), (0, 1))(x, w, y)
-        >>> bool(jnp.allclose(loss, focal(x @ w, y).mean()))
+        >>> x, w, labels = jnp.ones((2, 3)), jnp.eye(3, 4), jnp.array([0, 3])
+        >>> loss, (dx, dw) = jax.value_and_grad(jaxce.fused_linear(focal), (0, 1))(x, w, labels)
+        >>> bool(jnp.allclose(loss, focal(x @ w, labels).mean()))
         True
-
-    Source: the three matmuls of a row's loss, in the module `jaxce._linear`.
     """
     return _fused(loss_fn, reduction, has_aux, class_axis, dtype, block_size)
 
@@ -141,55 +132,44 @@ def linear_cross_entropy(
     recompute: bool | None = None,
     axis_name: str | None = None,
 ) -> Array:
-    """Softmax cross-entropy of a linear layer's outputs, without their logits: the loss of a language model's head.
+    """Softmax cross-entropy of a linear layer's outputs without their logits: the loss of a language model's head.
 
-    Equals `softmax_cross_entropy_with_integer_labels(x @ w + bias, labels, …)`, reduced over rows, in about the time
-    of its three matmuls. It is `fused_linear` of that loss: every mode of differentiation works, and what no gradient
-    is asked for costs nothing.
+    It equals `softmax_cross_entropy_with_integer_labels(x @ w + bias, labels)`, reduced over rows, in about the time of
+    its matmuls (`jaxce/_linear.py` tells how). Every differentiation mode works. Gradients not asked for cost nothing.
 
     Args:
-        x: floating, [..., D].
-        w: floating, [D, K], or [K, D] with class_axis=0.
-        labels: integer, [...].
-        bias: floating, [K], default none.
-        weights: real, [...], default all ones: the weight of each row.
-        reduction: "mean" (default): Σ weights·loss / Σ weights over the rows not ignored, times the class weight of the
-            row's label where `class_weights` is given (as PyTorch does), or / `normalizer`; 0 where that divisor is 0.
-            "sum": Σ weights·loss. "none": weights·loss of each row.
-        normalizer: real scalar, default none, for the mean only: what to divide by, as a global token count for
-            gradient accumulation and data parallelism.
-        ignore_index, label_smoothing, class_weights, logit_cap, z_loss: as in
-            `softmax_cross_entropy_with_integer_labels`.
-        class_axis, dtype: as in `fused_linear`.
-        block_size: rows per block as in `fused_linear`; where classes are blocked, classes per block, a multiple of
-            128. Default chosen from the shapes (see `jaxce._row_blocks` and `jaxce._class_blocks`).
-        recompute: block classes, not rows, and compute the logits again in the backward pass: 4 matmuls instead of 3,
-            but no accumulator of the size of `w`. Default False; always so for reduction="none", and on one CPU device
-            where `w` is narrower than the sums and no `block_size` is given (it takes about as long there).
-        axis_name: inside `jax.shard_map` (with check_vma=True), the mesh axis that the classes are split over, default
-            none. `w`, `bias` and `class_weights` are this shard's; labels count from the first class of the first
-            shard; every shard holds equally many classes (a bias of −inf masks what is too many, where neither
-            label_smoothing nor logit_cap is used).
+        x, w, bias: floating, with shapes [..., num_features], [num_features, num_classes] and [num_classes].
+        class_axis: the class axis of w: -1, or 0 for w [num_classes, num_features], as tied embeddings have it.
+        labels: integer, with shape [...], in [0, num_classes), counted over all shards.
+        weights: real, with shape [...], default all ones. They multiply the rows' losses.
+        reduction, normalizer, dtype: see `fused_linear`. A mean without normalizer divides by Σ weights of the rows not
+            ignored, each times its label's class weight, as PyTorch does.
+        ignore_index: rows with this label are ignored. Any integer, a class or not.
+        label_smoothing, class_weights, logit_cap, z_loss: see `softmax_cross_entropy`, where y is onehot(y).
+        block_size: rows per block, as in `fused_linear`; or classes per block, rounded up to a multiple of 128, by
+            default those whose float32 logits fit in 64 MiB, and at least 2048 (on a CPU, in 32 MiB).
+        recompute: True for blocks of classes (4 matmuls, no accumulator of w's size), False for blocks of rows (3).
+            Default: classes where w is narrower than the float32 sums (a bfloat16 w), on one device or in
+            `jax.shard_map`; else rows. With reduction="none", blocks are always of classes.
+        axis_name: inside `jax.shard_map` (with check_vma=True), the mesh axis that the classes are split over. `w`,
+            `bias` and `class_weights` are the shard's. All shards hold equally many classes; a bias of −inf masks any
+            excess, unless label_smoothing or logit_cap is used.
 
     Returns:
-        The loss, float32 (float64 for float64 operands): [], or [...] for reduction="none".
+        The loss, in float32 (float64 for float64 operands), a scalar or [...] for "none". An ignored row has loss and
+        gradient exactly 0, whatever `x` holds. If all rows are ignored, or there are none, loss and gradients are 0.
+        In other rows an invalid label makes the loss NaN, even with weight 0; `check_labels` finds it.
 
     Raises:
         TypeError: a dtype is wrong.
-        ValueError: a shape or an option is wrong, or there is no class.
-
-    A row ignored has loss 0 and gradient exactly 0 whatever `x` holds there. When all are ignored, or there are none,
-    a mean is 0 with zero gradients. Any other row whose label is outside [0, K) makes the loss NaN; `check_labels`
-    names it.
+        ValueError: a shape or an option is wrong, there is no class, or `normalizer` is given without a mean.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxce
         >>> x, w, labels = jnp.ones((2, 3)), jnp.eye(3, 4), jnp.array([0, 3])
-        >>> print(f"{jaxce.linear_cross_entropy(x, w, labels):.4f}")
-        1.7143
-        >>> dx, dw = jax.grad(jaxce.linear_cross_entropy, (0, 1))(x, w, labels)
-
-    Source: `softmax_cross_entropy_with_integer_labels` and `fused_linear`.
+        >>> loss, (dx, dw) = jax.value_and_grad(jaxce.linear_cross_entropy, (0, 1))(x, w, labels)
+        >>> print(f"{loss:.4f}, {jaxce.linear_cross_entropy(x, w, labels, ignore_index=3, recompute=True):.4f}")
+        1.7143, 1.2143
     """
     function = "linear_cross_entropy"
     _check_options(function, reduction, class_axis, dtype, block_size)

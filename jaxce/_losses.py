@@ -1,4 +1,4 @@
-"""The losses: options around the rule of `_softmax`. What is here costs numbers per row, never an array of logits."""
+"""The losses of logits: the rule of `_rule`, with options."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -28,53 +28,45 @@ def softmax_cross_entropy(
     z_loss: ArrayLike = 0.0,
     axis_name: str | None = None,
 ) -> Array:
-    """Softmax cross-entropy of each row with dense targets: E = −Σ_j y_j log o_j, with o = softmax(logits).
+    """Softmax cross-entropy of each row with dense targets: E = −Σ_j y_j log o_j, where o = softmax(logits).
 
-    Its gradient is analytic, ∂E/∂z = o·Σ_j y_j − y, which is `o − y` for targets that sum to one (derived in
-    `jaxce._softmax`); ∂E/∂y = −log o. Every differentiation mode works: grad, jvp, jacfwd, hessian, vmap, scan, …
-    A drop-in for `optax.losses.softmax_cross_entropy`, with options.
+    The gradient is analytic: ∂E/∂z = o·Σ_j y_j − y, which is `o − y` for targets that sum to one, and ∂E/∂y = −log o.
+    Every differentiation mode works. Options may be traced. A drop-in for `optax.losses.softmax_cross_entropy`.
 
     Args:
-        logits: floating, [..., K] for the default axis: unnormalized log-probabilities.
-        labels: real, broadcast against `logits`: target probabilities, or any weights (they need not sum to one).
-        axis: the class axis, a tuple of them, or None for all; default the last.
-        where: bool mask, default none. With as many axes as `logits`: classes that take part; a class masked has
-            o = 0, and its target is taken as 0. With the axes of the result: rows that take part.
-        label_smoothing: ε in [0, 1], default 0: targets become (1−ε)·t + ε·Σt/K, K the number of classes not masked
-            (PyTorch's and optax's convention; not K−1). May be traced.
-        class_weights: weights c [K], default none: targets become c ⊙ t, after smoothing (PyTorch's order). The result
-            is not divided by anything.
-        logit_cap: soft-cap > 0, default none: logits become cap·tanh(logits/cap), before anything else.
-        z_loss: λ ≥ 0, default 0: adds λ·lse², lse = log Σ_k exp(logits_k), which keeps the log-normalizer near 0.
-        axis_name: inside `jax.shard_map`, the mesh axis that the classes are split over, default none. `logits`,
-            dense `labels`, `class_weights` and a class mask are this shard's; integer labels count from the first
-            class of the first shard; every shard holds equally many classes (mask what is too many).
+        logits: unnormalized log-probabilities, floating, with shape [..., num_classes].
+        labels: target probabilities, or any real weights, that broadcast against `logits`. They need not sum to one.
+        axis: the class axis, a tuple for several, or None for all.
+        where: bool, True for what takes part. With as many axes as `logits` it masks classes: a masked class has o = 0,
+            and its target counts as 0. With the axes of the result it masks rows.
+        label_smoothing: ε in [0, 1]. Targets become (1−ε)·y + ε·Σy/K for K unmasked classes (as in PyTorch; not K−1).
+        class_weights: real, with shape [num_classes]. They multiply the smoothed targets; nothing is divided by them.
+        logit_cap: a soft-cap > 0. Logits become cap·tanh(logits/cap) before anything else.
+        z_loss: λ ≥ 0. Adds λ·lse², where lse = log Σ_k exp(logits_k), which keeps the log-normalizer near 0.
+        axis_name: inside `jax.shard_map`, the mesh axis that the classes are split over. Each shard passes its part of
+            what has a class axis. All hold equally many classes: mask any excess.
 
     Returns:
-        The loss of each row, [...]: in float32, or float64 where logits or labels are float64. Nothing is averaged.
+        The loss of each row, with shape [...], in float32, or float64 if logits or labels are. Nothing is averaged.
+        A row has loss 0 and gradient exactly 0, whatever it holds, if it or all its classes are masked. A logit of −inf
+        is a class of probability 0: with target 0 it adds 0 to the loss and to every gradient, else the loss is +inf.
+        A row whose largest logit is not finite has loss NaN.
 
     Raises:
-        TypeError: a dtype is wrong.
-        ValueError: a shape, an axis or an option is wrong, or there is no class. Options that are traced cannot raise:
-            out of range, they make the loss NaN.
-
-    A row masked, or with all its classes masked, has loss 0 and gradient exactly 0 whatever it holds. A logit of −inf
-    is a class of probability 0: with a target of 0 it contributes 0 to the loss and every gradient, else the loss is
-    +inf. A row with no finite maximum has NaN.
+        TypeError: logits are not floating, labels or options not real, `where` not bool, or axes not ints.
+        ValueError: shapes do not fit, axes are out of range or repeated, there is no class, or an option is a Python
+            number out of range. An array out of range makes the loss NaN instead.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxce
-        >>> logits = jnp.array([[1.0, 2.0, 3.0], [30.0, 0.0, 0.0]])
-        >>> labels = jnp.array([[0.0, 0.5, 0.5], [1.0, 0.0, 0.0]])
-        >>> print([f"{x:.4g}" for x in jaxce.softmax_cross_entropy(logits, labels)])
-        ['0.9076', '1.872e-13']
-        >>> grad = jax.grad(lambda z: jaxce.softmax_cross_entropy(z, labels).sum())(logits)
-        >>> bool(jnp.allclose(grad, jax.nn.softmax(logits) - labels))
+        >>> z, y = jnp.array([1.0, 2.0, 3.0]), jnp.array([0.0, 0.5, 0.5])
+        >>> bool(jnp.allclose(jax.grad(jaxce.softmax_cross_entropy)(z, y), jax.nn.softmax(z) - y))
         True
+        >>> print(f"{jaxce.softmax_cross_entropy(z, y, where=z > 1, label_smoothing=0.1, z_loss=1e-4):.4f}")
+        0.8144
 
-    Source: J. S. Bridle, "Probabilistic interpretation of feedforward classification network outputs", 1990; label
-    smoothing: Szegedy et al., arXiv:1512.00567; z-loss: Chowdhery et al., arXiv:2204.02311, section 5; logit
-    soft-cap: Gemma 2, arXiv:2408.00118.
+    Source: Bridle, "Probabilistic interpretation of feedforward classification network outputs", 1990; derived in
+    `jaxce/_rule.py`. Label smoothing: arXiv:1512.00567. z-loss: arXiv:2204.02311, section 5. Cap: arXiv:2408.00118.
     """
     function = "softmax_cross_entropy"
     z = _checks.floating(function, "logits", logits)
@@ -108,54 +100,35 @@ def softmax_cross_entropy_with_integer_labels(
     z_loss: ArrayLike = 0.0,
     axis_name: str | None = None,
 ) -> Array:
-    """Softmax cross-entropy of each row with an integer label: E = −log o_y, with o = softmax(logits).
+    """Softmax cross-entropy of each row with an integer label: E = −log o_y, where o = softmax(logits).
 
-    Its gradient is analytic, `o − onehot(y)`, without a one-hot array. Confident predictions are exact: where the
-    usual formula rounds loss and gradient of the label to 0, this has them to float32's relative accuracy. Every
-    differentiation mode works: grad, jvp, jacfwd, hessian, vmap, scan, …
-    A drop-in for `optax.losses.softmax_cross_entropy_with_integer_labels`, with options.
+    The gradient is analytic, `o − onehot(y)`, without a one-hot array. Confident predictions are exact: the usual
+    formula rounds their loss, and the gradient at the label, to 0; here both keep float32's accuracy. Every mode of
+    differentiation works. Options may be traced. A drop-in for the function of this name in `optax.losses`.
 
     Args:
-        logits: floating, [..., K] for the default axis: unnormalized log-probabilities.
-        labels: integer, [...]: the class of each row, in [0, K). Axes of size 1 broadcast against those of `logits`.
-        axis: the class axis, a tuple of them (labels then index the classes flattened in that order), or None for
-            all; default the last.
-        where: bool mask, default none. With as many axes as `logits`: classes that take part; a class masked has
-            o = 0. With the axes of `labels`: rows that take part.
-        ignore_index: rows with this label do not take part, default none. Any integer, a class or not.
-        label_smoothing: ε in [0, 1], default 0: t = onehot(y) becomes (1−ε)·t + ε/K, K the number of classes not masked
-            (PyTorch's and optax's convention; not K−1). May be traced.
-        class_weights: weights c [K], default none: targets become c ⊙ t, after smoothing (PyTorch's order). The result
-            is not divided by anything.
-        logit_cap: soft-cap > 0, default none: logits become cap·tanh(logits/cap), before anything else.
-        z_loss: λ ≥ 0, default 0: adds λ·lse², lse = log Σ_k exp(logits_k), which keeps the log-normalizer near 0.
-        axis_name: inside `jax.shard_map`, the mesh axis that the classes are split over, default none. `logits`,
-            `class_weights` and a class mask are this shard's; labels count from the first
-            class of the first shard; every shard holds equally many classes (mask what is too many).
+        logits: unnormalized log-probabilities, floating, with shape [..., num_classes].
+        labels: integer, with shape [...], in [0, num_classes), counted over all shards. Axes of size 1 broadcast.
+        axis: the class axis, a tuple for several (labels index the classes flattened in that order), or None for all.
+        where: bool, True for what takes part: classes, with as many axes as `logits`, or rows, with those of `labels`.
+        ignore_index: rows with this label are masked. Any integer, a class or not.
+        label_smoothing, class_weights, logit_cap, z_loss, axis_name: see `softmax_cross_entropy`, where y is onehot(y).
 
     Returns:
-        The loss of each row, [...]: in float32, or float64 where logits are float64. Nothing is averaged.
+        The loss of each row, with shape [...], in float32, or float64 for float64 logits. Nothing is averaged.
+        A row has loss 0 and gradient exactly 0, whatever it holds, if it or all its classes are masked. In other rows a
+        label outside [0, num_classes), or of a masked class, makes loss and gradient NaN; `check_labels` finds it. A
+        label whose logit is −inf has loss +inf. A row whose largest logit is not finite has loss NaN.
 
     Raises:
-        TypeError: a dtype is wrong.
-        ValueError: a shape, an axis or an option is wrong, or there is no class. Options that are traced cannot raise:
-            out of range, they make the loss NaN.
-
-    A row ignored, masked, or with all its classes masked has loss 0 and gradient exactly 0 whatever it holds. Any other
-    row whose label is outside [0, K) (there is no wrap-around; `check_labels` names it), or is a masked class, has loss
-    NaN and gradient NaN. A label whose logit is −inf has loss +inf. A row with no finite maximum has NaN.
+        TypeError: labels or `ignore_index` are not integer, or as for `softmax_cross_entropy`.
+        ValueError: as for `softmax_cross_entropy`.
 
     Example:
-        >>> import jax, jax.numpy as jnp, jaxce
-        >>> logits = jnp.array([[1.0, 2.0, 3.0], [30.0, 0.0, 0.0]])
-        >>> loss = jaxce.softmax_cross_entropy_with_integer_labels(logits, jnp.array([1, 0]))
-        >>> print([f"{x:.4g}" for x in loss])
-        ['1.408', '1.872e-13']
-        >>> ignored = jaxce.softmax_cross_entropy_with_integer_labels(logits, jnp.array([1, -100]), ignore_index=-100)
-        >>> print([f"{x:.4g}" for x in ignored])
-        ['1.408', '0']
-
-    Source: as `softmax_cross_entropy`.
+        >>> import jax.numpy as jnp, jaxce
+        >>> z, y = jnp.array([[1.0, 2.0, 3.0], [30.0, 0.0, 0.0], [0.0, 0.0, 0.0]]), jnp.array([1, 0, -100])
+        >>> print([f"{x:.4g}" for x in jaxce.softmax_cross_entropy_with_integer_labels(z, y, ignore_index=-100)])
+        ['1.408', '1.872e-13', '0']
     """
     function = "softmax_cross_entropy_with_integer_labels"
     z, selection, shards = labelled_rows(function, logits, labels, axis, where, ignore_index, axis_name)
@@ -168,14 +141,7 @@ def softmax_cross_entropy_with_integer_labels(
 
 
 class LabelStatistics(NamedTuple):
-    """What `label_statistics` returns: four arrays, one number per row [...].
-
-    Attributes:
-        log_prob: log o_y, in nats; float32, or float64 for float64 logits, as the next two.
-        log_normalizer: log Σ_k exp z_k.
-        entropy: −Σ_j o_j log o_j, in nats.
-        correct: bool, whether the label is the arg max. Not differentiated.
-    """
+    """The four arrays that `label_statistics` returns, with shape [...]."""
 
     log_prob: Array
     log_normalizer: Array
@@ -193,41 +159,33 @@ def label_statistics(
     logit_cap: ArrayLike | None = None,
     axis_name: str | None = None,
 ) -> LabelStatistics:
-    """What training loops and reinforcement learning ask of logits besides the loss, from one pass over them.
+    """What policies and metrics need of each row: its label's log-probability, log-normalizer, entropy and accuracy.
 
-    Per row, with o = softmax(logits): log_prob = log o_y, log_normalizer = log Σ_k exp z_k, entropy = −Σ_j o_j log o_j,
-    and correct, whether the label is the arg max (of equal logits the first is, as for `jnp.argmax`). The first three
-    are differentiable in every mode, by their analytic rules:
+    Accelerators compute them in one pass. Every differentiation mode works, by these rules (see `jaxce/_rule.py`):
 
-        ∂ log o_y/∂z = onehot(y) − o        ∂ log_normalizer/∂z = o        ∂ entropy/∂z = −o·(log o + entropy)
+        ∂ log_prob/∂z = onehot(y) − o        ∂ log_normalizer/∂z = o        ∂ entropy/∂z = −o·(log o + entropy)
 
     Args:
-        logits, labels, axis, where, ignore_index, logit_cap, axis_name: as in
-            `softmax_cross_entropy_with_integer_labels`.
+        logits, labels, axis, where, ignore_index: see `softmax_cross_entropy_with_integer_labels`.
+        logit_cap, axis_name: see `softmax_cross_entropy`.
 
     Returns:
-        `LabelStatistics`, a named tuple of (log_prob, log_normalizer, entropy, correct), each [...]; the first three in
-        float32 (float64 for float64 logits), the last bool. Rows that do not take part have 0, 0, 0, False; rows with
-        an invalid label NaN, NaN, NaN, False.
+        `LabelStatistics`, a named tuple of arrays [...]: log_prob = log o_y, log_normalizer = log Σ_k exp z_k and
+        entropy = −Σ_j o_j log o_j, in nats, in float32 (float64 for float64 logits); and correct, bool, whether the
+        label is the arg max (the first of equal logits). Masked rows have 0, 0, 0, False. Rows with an invalid label
+        have NaN, NaN, NaN, False. A label whose logit is −inf has log_prob −inf.
 
     Raises:
-        TypeError, ValueError: as `softmax_cross_entropy_with_integer_labels`.
+        TypeError: logits are not floating, labels or `ignore_index` not integer, or another dtype is wrong.
+        ValueError: a shape, an axis or `logit_cap` is wrong, or there is no class.
 
-    Example:
-        A policy gradient with an entropy bonus:
-
+    Example: a policy gradient with an entropy bonus.
         >>> import jax, jax.numpy as jnp, jaxce
-        >>> def loss(logits, actions, advantages):
-        ...     stats = jaxce.label_statistics(logits, actions)
-        ...     return -(stats.log_prob * advantages + 0.01 * stats.entropy).mean()
-        >>> logits, actions = jnp.array([[1.0, 2.0], [0.0, 0.0]]), jnp.array([1, 0])
-        >>> print(jax.grad(loss)(logits, actions, jnp.array([1.0, -1.0])).round(3))
-        [[ 0.133 -0.133]
-         [ 0.25  -0.25 ]]
-        >>> print(jaxce.label_statistics(logits, actions).correct)
-        [ True  True]
-
-    Source: the derivation in `jaxce._softmax`; ∂H follows from ∂o_j/∂z_i = o_i·(δ_ij − o_j).
+        >>> def loss(logits, action, advantage):
+        ...     stats = jaxce.label_statistics(logits, action)
+        ...     return -(stats.log_prob * advantage + 0.01 * stats.entropy)
+        >>> print([f"{g:.3f}" for g in jax.grad(loss)(jnp.array([1.0, 2.0]), 1, 0.5)])
+        ['0.133', '-0.133']
     """
     function = "label_statistics"
     z, selection, shards = labelled_rows(function, logits, labels, axis, where, ignore_index, axis_name)
@@ -244,31 +202,27 @@ def label_statistics(
 def check_labels(
     labels: ArrayLike, num_classes: int, where: ArrayLike | None = None, *, ignore_index: ArrayLike | None = None
 ) -> None:
-    """A label outside [0, num_classes) becomes an error that names the row and the label, under `checkify`.
+    """Under `jax.experimental.checkify.checkify`, turns an invalid label into an error that names it and its row.
 
-    Call it beside a loss that is NaN, and run what calls it under `jax.experimental.checkify.checkify` (its user
-    checks). Anywhere else it does nothing, but is not free: JAX dispatches compiled functions that contain a check
-    five times slower, which is why the losses do not contain it.
+    Call it beside a loss that is NaN, and run the caller under `checkify` with its user checks. Elsewhere it does
+    nothing, but a compiled caller is dispatched five times slower, which is why the losses contain no check.
 
     Args:
         labels: integer, of any shape.
-        num_classes: K, of all shards together.
-        where: bool mask of `labels`' shape, default none: rows that take part.
-        ignore_index: rows with this label do not take part, default none.
+        num_classes: of all shards together. Labels in [0, num_classes) are valid.
+        where: bool, with the shape of `labels`, True for rows that take part.
+        ignore_index: rows with this label do not take part.
 
     Raises:
-        TypeError: a dtype is wrong.
-        ValueError: a shape is wrong, or there is no class.
+        TypeError: labels or `ignore_index` are not integer, or `where` is not bool.
+        ValueError: `where` has another shape than `labels`, or there is no class.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxce
-        >>> from jax.experimental import checkify
-        >>> def mean_loss(logits, labels):
-        ...     jaxce.check_labels(labels, logits.shape[-1])
-        ...     return jaxce.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        >>> error, loss = jax.jit(checkify.checkify(mean_loss))(jnp.zeros((3, 5)), jnp.array([0, 4, 5]))
-        >>> print(loss, error.get())
-        nan check_labels: labels has 5 in row 2 (of the flattened batch), wanted 0 to 4 (`check` failed)
+        >>> from jax.experimental.checkify import checkify
+        >>> error, _ = jax.jit(checkify(lambda labels: jaxce.check_labels(labels, 5)))(jnp.array([0, 4, 5]))
+        >>> print(error.get())
+        check_labels: labels has 5 in row 2 (of the flattened batch), wanted 0 to 4 (`check` failed)
     """
     function = "check_labels"
     labels = signed(_checks.integer(function, "labels", labels))
