@@ -31,12 +31,14 @@ def max_classes(layer: Layer, rows: int, block_size: int | None) -> int:
     return layer.devices * block_size // layer.parts
 
 
-def class_blocked_rows(layer: Layer, inputs: Inputs, selection: Selection, block_size: int | None, axis_name) -> Row:
+def class_blocked_rows(
+    layer: Layer, inputs: Inputs, selection: Selection, block_size: int | None, shards: ClassShards
+) -> Row:
     """The numbers of the rows [...] of x [..., D], differentiable with respect to `inputs`.
 
     `inputs.others` is `Values` without logits.
     """
-    shards, rows = ClassShards(layer.classes, axis_name), selection.labels.size
+    rows = selection.labels.size
 
     def forward(inputs):
         def on_platform(layer, *inputs):

@@ -20,11 +20,11 @@ from jax.typing import ArrayLike, DTypeLike
 from . import _checks, _labels
 from ._autodiff import with_backward, with_gradients
 from ._class_blocks import class_blocked_rows
-from ._losses import softmax_cross_entropy_with_integer_labels
 from ._matmuls import Inputs, Layer
 from ._options import Options, Selection, Values, combined, with_uniform_targets
 from ._row_blocks import row_parts, sweep_of
 from ._sharding import ClassShards, in_auto, varying_as
+from ._softmax import row_statistics
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -80,36 +80,33 @@ def fused_linear(
         >>> bool(jnp.allclose(loss, focal(x @ w, labels).mean()))
         True
     """
-    return _fused(loss_fn, reduction, has_aux, class_axis, dtype, block_size)
-
-
-def _fused(loss_fn, reduction, has_aux, class_axis, dtype, block_size, parts=None) -> Callable[..., Any]:
-    """`fused_linear`, of x whose leading axes are seen as so many parts (see `jaxce._sharding`)."""
     function = "fused_linear"
     _check_options(function, reduction, class_axis, dtype, block_size)
 
     def fused(x, w, *row_args, bias=None, weights=None, normalizer=None):
         layer, x, w, bias = Layer.of(function, x, w, bias, class_axis, dtype)
-        lead, split = x.shape[:-1], parts or row_parts(x)
+        lead = x.shape[:-1]
         row_args = jax.tree.map(lambda a: _checks.leading(function, "row_args", jnp.asarray(a), lead), row_args)
         weights, normalizer = _check_weights(function, weights, normalizer, lead, reduction, layer)
-
-        def blocked(x, w, bias, row_args, weights, normalizer):
-            # In shard_map each shard's own gradients are wanted, of what is the same on all too: they are summed later.
-            x = varying_as(x, *jax.tree.leaves(row_args))
-            row_args = jax.tree.map(lambda a: varying_as(a, x), row_args)
-            sweep, inputs = sweep_of(function, layer, loss_fn, has_aux, split, block_size, x, w, bias, row_args)
-            if reduction == "none":
-                losses, aux = with_backward(sweep, lambda inputs, _, g, moves: sweep(inputs, g, moves)[0][1])(inputs)
-                return losses if weights is None else weights * losses, aux
-            return with_gradients(sweep, sweep)(inputs, _row_scale(reduction, weights, normalizer, lead, layer))
-
-        row_axes = len(lead)
-        axes = row_axes if reduction == "none" else 0, row_axes
-        out, aux = in_auto(blocked, x, axes, x, w, bias, row_args, weights, normalizer)
+        scale = _row_scale(reduction, weights, normalizer, lead, layer)
+        blocked = functools.partial(_by_rows, layer, loss_fn, has_aux, reduction, block_size, row_parts(x))
+        axes = len(lead) if reduction == "none" else 0, len(lead)
+        out, aux = in_auto(blocked, x, axes, x, w, bias, row_args, scale)
         return (out, aux) if has_aux else out
 
     return fused
+
+
+def _by_rows(layer: Layer, loss_fn, has_aux: bool, reduction, block_size, parts, x, w, bias, row_args, scale):
+    """(each loss times `scale`, or their sum; aux), by blocks of rows."""
+    # In shard_map each shard's own gradients are wanted, of what is the same on all too: they are summed later.
+    x = varying_as(x, *jax.tree.leaves(row_args))
+    row_args = jax.tree.map(lambda a: varying_as(a, x), row_args)
+    sweep, inputs = sweep_of("fused_linear", layer, loss_fn, has_aux, parts, block_size, x, w, bias, row_args)
+    if reduction != "none":
+        return with_gradients(sweep, sweep)(inputs, scale)
+    losses, aux = with_backward(sweep, lambda inputs, _, g, perturbed: sweep(inputs, g, perturbed)[0][1])(inputs)
+    return losses if scale is None else scale * losses, aux
 
 
 def linear_cross_entropy(
@@ -183,14 +180,34 @@ def linear_cross_entropy(
     x, selection = _masked(function, x, labels, ignore_index, shards)
     if reduction == "mean" and normalizer is None:
         normalizer = _mean_divisor(layer, options, weights, selection, shards)
-    narrow = w.dtype.itemsize < layer.sum_dtype.itemsize and layer.devices == 1
-    if reduction == "none" or (narrow if recompute is None else recompute):
-        scale = weights if reduction == "none" else _row_scale(reduction, weights, normalizer, labels.shape, layer)
-        return _by_classes(layer, x, w, bias, selection, scale, reduction, options, block_size, axis_name)
-    if options.class_weights is not None:
-        given["class_weights"] = options.class_weights.ravel()
-    fused_options = reduction, False, class_axis, dtype, block_size, row_parts(x)
-    return _by_rows(x, w, bias, labels, selection.row_mask, weights, normalizer, given, axis_name, fused_options)
+    scale = _row_scale(reduction, weights, normalizer, labels.shape, layer)
+    if recompute is None:
+        recompute = reduction == "none" or (w.dtype.itemsize < layer.sum_dtype.itemsize and layer.devices == 1)
+    loss_of = functools.partial(_loss_of, layer, shards, recompute, reduction, block_size, row_parts(x))
+    axes = labels.ndim if reduction == "none" else 0
+    return in_auto(loss_of, x, axes, x, w, bias, selection, scale, options)
+
+
+def _loss_of(layer: Layer, shards, by_classes, reduction, block_size, parts, x, w, bias, selection, scale, options):
+    """Each loss times `scale`, or their sum. The loss is ordinary JAX of the rows' numbers."""
+    # In shard_map varying as the losses do: gradients are then each shard's own, and summed later.
+    options = jax.tree.map(lambda a: varying_as(a, x, selection.labels), options)
+
+    def values_of(logits, ndim):
+        return with_uniform_targets(Values(logits, logit_cap=options.logit_cap), options, ndim, layer.sum_dtype)
+
+    def loss_of_block(logits, selection):
+        row, _ = row_statistics(values_of(logits, logits.ndim), selection, shards)
+        return combined(row, options, selection, shards)
+
+    if not by_classes:
+        if options.class_weights is not None:  # for blocks [B, K]
+            options = options._replace(class_weights=options.class_weights.reshape(1, -1))
+        return _by_rows(layer, loss_of_block, False, reduction, block_size, parts, x, w, bias, (selection,), scale)[0]
+    row = class_blocked_rows(layer, Inputs(x, w, bias, values_of(None, x.ndim)), selection, block_size, shards)
+    loss = combined(row, options, selection, shards)
+    loss = loss if scale is None else scale * loss
+    return loss if reduction == "none" else jnp.sum(loss)
 
 
 def _masked(function, x, labels, ignore_index, shards) -> tuple[Array, Selection]:
@@ -208,40 +225,6 @@ def _mean_divisor(layer: Layer, options: Options, weights, selection: Selection,
         class_weight = _labels.label_weight(selection.labels, options.class_weights, selection.row_mask, shards)
         divisor = divisor * class_weight
     return jnp.sum(divisor if selection.row_mask is None else jnp.where(selection.row_mask, divisor, 0))
-
-
-def _by_classes(layer, x, w, bias, selection, scale, reduction, options, block_size, axis_name) -> Array:
-    """Each loss times `scale`, or their sum. The loss is ordinary JAX of the rows' numbers."""
-    shards = ClassShards(layer.classes, axis_name)
-
-    def loss_of(x, w, bias, selection, scale, options):
-        # In shard_map varying as the losses do: gradients are then each shard's own, and summed later.
-        options = jax.tree.map(lambda a: varying_as(a, x, selection.labels), options)
-        others = with_uniform_targets(Values(None, logit_cap=options.logit_cap), options, x.ndim, layer.sum_dtype)
-        row = class_blocked_rows(layer, Inputs(x, w, bias, others), selection, block_size, axis_name)
-        loss = combined(row, options, selection, shards)
-        loss = loss if scale is None else scale * loss
-        return loss if reduction == "none" else jnp.sum(loss)
-
-    axes = selection.labels.ndim if reduction == "none" else 0
-    return in_auto(loss_of, x, axes, x, w, bias, selection, scale, options)
-
-
-def _by_rows(x, w, bias, labels, row_mask, weights, normalizer, given, axis_name, fused_options):
-    arrays = {name: option for name, option in given.items() if isinstance(option, Array)}
-
-    def loss_of(x, w, labels, row_mask, bias, weights, normalizer, arrays):
-        # In shard_map varying as the losses do, as fused_linear asks of what a loss closes over.
-        arrays = {name: varying_as(option, x, labels) for name, option in arrays.items()}
-        loss_fn = functools.partial(_loss_of_block, **given | arrays, axis_name=axis_name)
-        loss = _fused(loss_fn, *fused_options)
-        return loss(x, w, labels, row_mask, bias=bias, weights=weights, normalizer=normalizer)
-
-    return in_auto(loss_of, x, 0, x, w, labels, row_mask, bias, weights, normalizer, arrays)
-
-
-def _loss_of_block(logits, labels, row_mask, **options):
-    return softmax_cross_entropy_with_integer_labels(logits, labels, where=row_mask, **options)
 
 
 def _check_options(function, reduction, class_axis, dtype, block_size):
@@ -268,6 +251,8 @@ def _check_weights(function, weights, normalizer, lead, reduction, layer):
 
 def _row_scale(reduction, weights, normalizer, lead, layer):
     """g, what each row's loss is multiplied by. Here, not after the sum, so that gradients need no second scaling."""
+    if reduction == "none":
+        return weights
     scale = jnp.ones(lead, layer.sum_dtype) if weights is None else weights
     if reduction == "sum":
         return scale

@@ -265,8 +265,6 @@ def test_second_derivatives_of_confident_rows_are_exact(inner, outer):
     """o_c·(1 − o_c), which is 0 if 1 − o_c is formed by subtraction."""
 
     losses = [lambda z: integer_loss(z, 0), lambda z: dense_loss(z, jnp.array([1.0, 0.0, 0.0]))]
-    if inner is outer is jax.jacrev:  # of dense targets a documented limit
-        losses.pop()
     second = jax.jit(lambda z: [outer(inner(loss))(z)[0, 0] for loss in losses])
     for margin in (10.0, 20.0, 40.0):
         rest = 2 * np.exp(-margin)
@@ -275,19 +273,41 @@ def test_second_derivatives_of_confident_rows_are_exact(inner, outer):
             assert abs(derivative / truth - 1) < 5e-6
 
 
-@pytest.mark.parametrize("mode", [jax.jacfwd, jax.jacrev], ids=["jacfwd", "jacrev"])
-def test_second_order_of_a_confident_row(mode, x64):
-    """The Hessian diag(o) − o·oᵀ, whose entries are all tiny.
-
-    The label's own one, o_y·(1 − o_y), is a sum that cancels: it is exact relative to 1, the others to themselves.
-    """
-    z = np.array([[30.0, 0.0, 1.0, -2.0]])
-    hessian = jax.jit(mode(jax.jacrev(lambda z: integer_loss(z, jnp.array([0]))[0])))(jnp.asarray(z)).reshape(4, 4)
-    o = np.exp(z[0] - 30) / np.exp(z[0] - 30).sum()
+def hessian_of_a_row_sure_of_the_first_class(z: np.ndarray) -> np.ndarray:
+    """diag(o) − o·oᵀ, whose entries are all tiny."""
+    o = np.exp(z - z[0]) / np.exp(z - z[0]).sum()
     truth = np.diag(o) - np.outer(o, o)
     truth[0, 0] = o[0] * o[1:].sum()
-    assert abs(hessian[0, 0] - truth[0, 0]) < 1e-16
-    assert_relative(hessian.at[0, 0].set(truth[0, 0]), truth, "float64", 1e-12)
+    return truth
+
+
+@pytest.mark.parametrize("mode", [jax.jacfwd, jax.jacrev], ids=["jacfwd", "jacrev"])
+@pytest.mark.parametrize("targets", ["label", "unlikely label", "one-hot", "spread"])
+def test_every_entry_of_a_confident_rows_hessian_is_exact(targets, mode):
+    """Relative to itself, in float32: also the row and the column of a label that is all but impossible."""
+    z = np.array([30.0, 0.0, 1.0, -2.0])
+    loss = {
+        "label": lambda z: integer_loss(z, 0),
+        "unlikely label": lambda z: integer_loss(z, 1),
+        "one-hot": lambda z: dense_loss(z, jnp.array([1.0, 0.0, 0.0, 0.0])),
+        "spread": lambda z: dense_loss(z, jnp.array([0.5, 0.25, 0.25, 0.0])),
+    }[targets]
+    hessian = jax.jit(mode(jax.jacrev(loss)))(jnp.asarray(z, jnp.float32))
+    truth = hessian_of_a_row_sure_of_the_first_class(z)
+    if targets == "unlikely label":  # of the largest class 1 − o cancels there
+        hessian, truth = hessian.at[0, 0].set(0), truth * (1 - np.eye(4)[0][:, None] * np.eye(4)[0])
+    assert_relative(hessian, truth, "float32", 1e-6)
+
+
+@pytest.mark.parametrize("unlikely", [20.0, 60.0])
+def test_gradient_of_the_log_normalizer_at_an_unlikely_label_is_exact(unlikely):
+    """It is o, and o_y keeps its digits where 1 + (o_y − 1) would lose them; so does that of a z-loss."""
+    z = jnp.array([unlikely, 0.0, 1.0])
+    o = np.exp(np.asarray(z, np.float64) - unlikely) / np.exp(np.asarray(z, np.float64) - unlikely).sum()
+    assert_relative(jax.grad(lambda z: jaxce.label_statistics(z, 1).log_normalizer)(z), o, "float32", 1e-6)
+    weights = jnp.array([1.0, 0.0, 1.0])  # the label's own loss counts for nothing
+    gradient = jax.grad(lambda z: integer_loss(z, 1, class_weights=weights, z_loss=0.5))(z)
+    assert_relative(gradient, o * float(jax.nn.logsumexp(z)), "float32", 1e-6)
 
 
 @pytest.mark.parametrize("mode", [jax.jacrev, jax.jacfwd])
