@@ -12,6 +12,9 @@ from . import _checks
 from ._sharding import devices, parts_of
 
 
+PLATFORMS = "cpu", "gpu", "tpu"
+
+
 class Inputs(NamedTuple):
     """What the loss of a linear layer is differentiated with respect to."""
 
@@ -30,7 +33,7 @@ class Layer(NamedTuple):
     sum_dtype: jnp.dtype  # float32 or float64
     devices: int  # that XLA may split x and w over
     parts: int  # that the classes are seen as (see `_sharding`)
-    platform: str = "gpu"  # "cpu", "gpu" or "tpu", set by `by_platform`
+    platform: str = "gpu"  # one of PLATFORMS, set by `by_platform`
 
     @classmethod
     def of(cls, function, x, w, bias, class_axis, dtype) -> tuple["Layer", Array, Array, Array | None]:
@@ -55,7 +58,7 @@ class Layer(NamedTuple):
 
     def by_platform(self, f: Callable[..., Any], *args: Any) -> Any:
         """`f(layer, *args)`, with the platform that the program is compiled for. Only that branch is compiled."""
-        cpu, gpu, tpu = (functools.partial(f, self._replace(platform=name)) for name in ("cpu", "gpu", "tpu"))
+        cpu, gpu, tpu = (functools.partial(f, self._replace(platform=name)) for name in PLATFORMS)
         return lax.platform_dependent(*args, cpu=cpu, tpu=tpu, default=gpu)
 
     def logits(self, x: Array, w: Array, bias: Array | None) -> Array:

@@ -18,7 +18,7 @@ from jax import Array, lax
 
 from . import _checks
 from ._autodiff import of_perturbed
-from ._matmuls import Inputs, Layer, scan_blocks
+from ._matmuls import PLATFORMS, Inputs, Layer, scan_blocks
 from ._sharding import gathered, parts_of, varying_as
 
 
@@ -87,13 +87,6 @@ class RowBlocks(NamedTuple):
         return jnp.moveaxis(a, range(axes), range(0, 2 * axes, 2)).reshape(*self.lead, *rest)
 
 
-class Plan(NamedTuple):
-    """How one kind of device goes through the rows."""
-
-    blocks: RowBlocks
-    block_loss: Callable  # (consts, logits, *rows) -> (losses, aux) of one block
-
-
 def sweep_of(
     function: str, layer: Layer, loss_fn, has_aux: bool, parts, block_size: int | None, x, w, bias, rows
 ) -> tuple[Callable[..., Any], Inputs]:
@@ -108,13 +101,12 @@ def sweep_of(
     def block_loss(blocks: RowBlocks) -> Callable:
         return _hoisted(function, layer, loss_fn, has_aux, blocks, (x, w, bias, rows), consts)
 
-    def plan(layer: Layer) -> Plan:
+    def plan(layer: Layer) -> tuple[RowBlocks, Callable]:
         most = layer.devices * (block_size or max_rows(layer, x.shape[-1]))
         blocks = RowBlocks.of(x.shape[:-1], parts, most)
-        return Plan(blocks, block_loss(blocks))
+        return blocks, block_loss(blocks)
 
-    plans = {"cpu": plan(layer._replace(platform="cpu")), "gpu": plan(layer)}
-    plans["tpu"] = plans["gpu"]
+    plans = {platform: plan(layer._replace(platform=platform)) for platform in PLATFORMS}
     return functools.partial(sweep, layer, plans), Inputs(x, w, bias, (rows, list(map(jnp.asarray, consts))))
 
 
@@ -152,7 +144,7 @@ def _hoisted(function, layer: Layer, loss_fn, has_aux: bool, blocks: RowBlocks, 
     return hoisted
 
 
-def sweep(layer: Layer, plans: dict[str, Plan], inputs: Inputs, g: Any = None, perturbed: Any = None):
+def sweep(layer: Layer, plans: dict, inputs: Inputs, g: Any = None, perturbed: Any = None):
     """((losses [...], gradients), aux): the gradients of Σ g·losses, with None for what is not `perturbed`.
 
     Without g, (losses, aux). In `inputs`, x is [..., D], and the others are row arguments [..., any] and a list of the
@@ -165,7 +157,7 @@ def sweep(layer: Layer, plans: dict[str, Plan], inputs: Inputs, g: Any = None, p
     return layer.by_platform(on_platform, inputs, g)
 
 
-def _sweep(layer: Layer, plan: Plan, perturbed: Any, inputs: Inputs, g: Any):
+def _sweep(layer: Layer, plan: tuple[RowBlocks, Callable], perturbed: Any, inputs: Inputs, g: Any):
     blocks, block_loss = plan
     w, (rows, consts) = gathered(inputs.w.astype(layer.operand_dtype), 1 - layer.class_axis), inputs.others
     x, rows = jax.tree.map(blocks.split, (inputs.x, rows))
