@@ -9,8 +9,7 @@ more, arrives back at the backward rule. One analytic rule serves every mode. In
     with_backward       for a loop over blocks, whose backward loop is given
     with_gradients      for a weighted sum of losses, whose gradients one loop computes together with the losses
 
-Inputs that are not perturbed (JAX's word for: that have a tangent) are constants of the rule: nothing is spent on their
-cotangents.
+An input is perturbed (JAX's word) if it has a tangent. The others are constants: nothing is spent on their cotangents.
 """
 
 import functools
@@ -33,9 +32,7 @@ def with_forward_mode(f: Callable[..., Any]) -> Callable[..., Any]:
     the cotangent, as the mathematics has it, and itself differentiable where higher orders are wanted.
     """
 
-    @jax.custom_jvp
-    def differentiable(*args):
-        return f(*args)
+    differentiable = jax.custom_jvp(f)
 
     def jvp(args, tangents):
         f_of_perturbed, values, _ = of_perturbed(f, args, _perturbed(tangents))
@@ -58,9 +55,7 @@ def with_backward(forward: Callable, backward: Callable) -> Callable[[Any], Any]
     bools, is False. aux is not differentiated. `inputs` and `out` are all that is saved.
     """
 
-    @jax.custom_jvp
-    def rule(inputs):
-        return forward(inputs)
+    rule = jax.custom_jvp(forward)
 
     def jvp(primals, tangents):
         (inputs,), perturbed = primals, _perturbed(tangents[0])
@@ -86,7 +81,8 @@ def transposed(pullback: Callable, residuals: Any, tangents: list[Array], like: 
         [ 1  0] [x1]   [t]
         [−P  1] [x2] = [0]
 
-    JAX transposes it only if all of the right-hand side is perturbed, or none. `tie` makes it so, for nothing.
+    JAX transposes it only if every part of the right-hand side is perturbed, or none; in derivatives of the system too.
+    So each part gets zeros added, or ones multiplied, that depend on all tangents and residuals (`_zeros_of`).
     """
     everything = jax.tree.leaves((residuals, tangents, like))
     zeros, tangents = jax.tree.map(lambda a: varying_as(a, *everything), (jax.tree.map(jnp.zeros_like, like), tangents))
@@ -163,9 +159,7 @@ def _opaque(f):
     tangent inside. JAX does not open a custom_jvp function.
     """
 
-    @jax.custom_jvp
-    def opaque(*args):
-        return f(*args)
+    opaque = jax.custom_jvp(f)
 
     def jvp(args, tangents):
         perturbed = _perturbed(tangents)

@@ -11,7 +11,6 @@ from jax import Array, lax
 from . import _checks
 from ._sharding import devices, parts_of
 
-
 PLATFORMS = "cpu", "gpu", "tpu"
 
 
@@ -87,9 +86,9 @@ class Layer(NamedTuple):
     def transposed(self, x: Array) -> Array | None:
         """On CPU, xᵀ [D, rows] for `dw`, to be made before a loop; None elsewhere, where it is a copy of x for nothing.
 
-        On CPU, a transposed operand costs float32 a fifth of its speed and bfloat16 half: it is then multiplied in
-        float32, or not at all, as some matmuls of a vmapped loss are not implemented. XLA would make the transpose part
-        of the matmul; the barrier stops it.
+        There a transposed operand costs float32 a fifth of its speed, and bfloat16 half, because it is multiplied in
+        float32. Some bfloat16 matmuls of a vmapped loss are not implemented at all. The barrier keeps XLA from folding
+        the transpose back into the matmul.
         """
         if not self.on_cpu or self.devices > 1:
             return None
@@ -174,9 +173,9 @@ def over_classes(step, carry, classes: int, max_classes: int):
     Nothing is padded. Sizes are multiples of 128 (for others XLA:TPU copies all of w). Among ¾ to all of the most that
     fit, the one with the smallest remainder is taken, as odd widths are slow on CPU.
     """
-    most = max(1, max_classes // 128)
+    most = max(1, min(max_classes, classes) // 128)
     size = 128 * min(range(-(-3 * most // 4), most + 1), key=lambda lanes: (classes // 128 % lanes, -lanes))
-    size = min(classes, size)
+    size = classes if max_classes >= classes else min(classes, size)
     whole = classes // size
     indices = jnp.arange(whole, dtype=jnp.int32)
     carry, _ = lax.scan(lambda carry, i: (step(carry, i * size, size), None), carry, indices)

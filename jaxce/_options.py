@@ -20,11 +20,14 @@ from ._sharding import ClassShards, varying_as
 
 
 class Values(NamedTuple):
-    """What a row's numbers are differentiated with respect to. `None`: not used."""
+    """What a row's numbers are differentiated with respect to. `None`: not used.
+
+    The targets that the rule sees are class_weights ⊙ (target_scale·targets + target_floor).
+    """
 
     logits: Any  # [..., K]
-    targets: Any = None  # broadcast against the logits; they become
-    target_scale: Any = None  # class_weights ⊙ (target_scale·targets + target_floor)
+    targets: Any = None  # broadcast against the logits
+    target_scale: Any = None  # []
     target_floor: Any = None  # [..., 1]
     class_weights: Any = None  # [1, ..., 1, K]
     logit_cap: Any = None  # []
@@ -34,7 +37,7 @@ class Selection(NamedTuple):
     """What takes part."""
 
     labels: Any = None  # [...] as in `_labels`
-    class_mask: Any = None  # bool, broadcast against the logits; a row that counts has a class
+    class_mask: Any = None  # bool, broadcast against the logits; every row that counts has an unmasked class
     row_mask: Any = None  # [...] bool, the rows that count
 
     def class_count(self, shards: ClassShards) -> Array | int:

@@ -10,14 +10,16 @@ For one row with logits z, o = softmax(z), targets t of mass a = Σ_j t_j, a lab
 since ∂o_j/∂z_i = o_j·(δ_ij − o_i), so ∂(target loss)/∂z_i = Σ_{j≠i} t_j o_i − t_i (1 − o_i) = a·o_i − t_i.
 
 lse = m + L is kept as two numbers, the shift m = max z and L = log Σ_j exp(z_j − m): rounded to one, beside logits of
-1e4, it would cost o all its digits. One class c is left out of the sum, the label or else the largest. Nothing cancels:
+1e4, it would cost o all its digits. The sum contains a 1, beside which small terms are lost. So one class c is left
+out, the label or else the largest:
 
     L = log1p(Σ_{j≠c} exp(z_j − m) + expm1(z_c − m))        −log o_c = (m − z_c) + L        o_c − 1 = expm1(log o_c)
 
-A row is sure when −log o_c < 1/2. Then m = z_c, and derivatives take it so: ∂m = onehot(c), ∂L = o − onehot(c). In
-other rows ∂m = 0, ∂L = o. Only the sum of both matters, but second derivatives keep the digits that each part has.
+A row is sure when −log o_c < 1/2: c is the largest, and m = z_c. Mathematics fixes only the sum of the derivatives of m
+and L, which is o. In a sure row we take ∂m = onehot(c) and ∂L = o − onehot(c): ∂L is then as small as L, and second
+derivatives stay accurate. In other rows m counts as a constant: ∂m = 0 and ∂L = o.
 
-`Sums` is what some classes contribute, and `joined` adds two parts up: classes, blocks or shards, a commutative monoid.
+`Sums` is what some classes contribute, and `joined` adds two parts up: single classes, blocks of classes, or shards.
 """
 
 from typing import Any, NamedTuple
@@ -32,7 +34,7 @@ from ._elementary import exp, expm1, log1p
 class Sums(NamedTuple):
     """What some classes contribute. c is the label; without one (`logit` is None), the largest of these classes."""
 
-    shift: Any  # m = max z_j
+    shift: Any  # m: the largest z_j, or for a label any shift
     rest: Any  # Σ_{j≠c} exp(z_j − m)
     logit: Any  # z_c, or 0 where it is not among them
     mass: Any = None  # Σ_j t_j
@@ -53,7 +55,7 @@ class Row(NamedTuple):
 
 
 def sums(z: Array, m: Array, at_label: Array | None, logit: Array | None, t=None, ids=None) -> Sums:
-    """The `Sums` of logits z [..., K], given their largest m [...] (for a label, any shift will do)."""
+    """The `Sums` of logits z [..., K], about the shift m [...]."""
     shift = _finite(m[..., None])
     largest, e, below = z == shift, exp(z - shift), shift - z
     at_c = largest if at_label is None else at_label
@@ -69,14 +71,14 @@ def sums(z: Array, m: Array, at_label: Array | None, logit: Array | None, t=None
 
 def about(s: Sums, m: Array) -> Sums:
     """`s`, about a larger shift m. The largest class, if it was left out, is then counted in `rest`."""
-    no_class = jnp.isneginf(s.shift)
-    d = jnp.where(no_class, jnp.inf, m - s.shift)
-    scale, total = exp(-d), s.rest + 1 if s.logit is None else s.rest
+    d = jnp.where(jnp.isneginf(s.shift), jnp.inf, m - s.shift)
+    scale = exp(-d)
+    total = s.rest + 1 if s.logit is None else s.rest
     s = s._replace(shift=m, rest=scale * total)
     if s.mass is not None:
         s = s._replace(distance=s.distance + s.mass * jnp.where(s.mass == 0, 0, d))
-    if s.moment is not None:  # scale·d first: d may be 3e38
-        s = s._replace(moment=scale * s.moment + (scale * jnp.where(no_class, 0, d)) * total)
+    if s.moment is not None:  # scale·d first: d may be 3e38, or infinite where scale is 0
+        s = s._replace(moment=scale * s.moment + (scale * jnp.where(jnp.isinf(d), 0, d)) * total)
     return s
 
 
@@ -105,11 +107,12 @@ def row_of(s: Sums) -> Row:
 def gradient(z: Array, at_c: Array, t: Array | None, row: Row, g: Row) -> tuple[Array, Array | None]:
     """∂/∂z = A·o − g_loss·onehot(c) − g_t·t, A = g_loss + g_lse + g_t·a, and ∂/∂t, for any of a row's classes [..., K].
 
-    `row` and its cotangents `g` are [..., 1]. `at_c` marks the label, or without one the largest class of a sure row.
+    `row` and its cotangents `g` are [..., 1]; only `row.loss` may be [..., K], of which the entry at c counts. `at_c`
+    marks the label, or without one the largest class of a sure row.
     """
     loss = row.log_sum if row.loss is None else row.loss  # −log o_c
     sure, o_c, q = loss < 0.5, exp(-loss), expm1(-loss)  # q = o_c − 1
-    # Each cotangent's term at c is finished before they are added: forward mode transposes this code.
+    # At c each cotangent gets its own term, in which nothing cancels. Their factors summed first would cancel.
     slope, own = g.log_sum, g.shift * jnp.where(sure, 1, 0) + g.log_sum * jnp.where(sure, q, o_c)
     at_others, dt = 0, None
     if row.loss is not None:

@@ -235,7 +235,7 @@ def rows_per_block(logits: Array) -> int | None:
     """How many rows of `logits` [..., K] make a block; None where all are to be taken at once.
 
     Contiguous rows of a sharded array would not be local. Under `jit` we cannot see whether it is sharded, so blocks
-    are for a single device only (nor under an explicit mesh of it).
+    are for a single device only, and not where an Explicit mesh shards it.
     """
     rows, row_bytes = math.prod(logits.shape[:-1]), 4 * logits.shape[-1]
     if rows * row_bytes < SMALL or jax.device_count() > 1 or any(jax.typeof(logits).sharding.spec):
@@ -245,9 +245,9 @@ def rows_per_block(logits: Array) -> int | None:
 
 
 def in_row_blocks(f: Callable[[Any], Any], logits: Array, args: Any, first: Callable[[Any], Any] | None = None) -> Any:
-    """`f(args)`: arrays of one number for each row of `logits` [..., K]. `f` may see blocks of rows only.
+    """`f(args)`, arrays of one number for each row of `logits` [..., K]; `f` is called on all rows or on blocks of rows.
 
-    An array in `args` has the leading axes of `logits`, or is shared by all rows and has leading axes of size 1.
+    An array in `args` either has the leading axes of `logits`, or has size 1 there and serves all rows.
     `first`, if given, makes the numbers of a block more cheaply, and says for which rows they are good: `f` sees the
     blocks where not all are. This is never differentiated.
 
@@ -294,7 +294,7 @@ def _copied(f, block):
 
 
 def _second_look(f, first, block, i, blocks):
-    """Symptom: vmap turns a cond into both of its branches; and XLA hoists a loop that seldom runs.
+    """Symptom: vmap turns a cond into both of its branches; and XLA moves out of a loop what does not depend on it.
     Remedy: a while_loop that runs at most once, whose step reads the index that it changes.
     Test: test_large_logits_leave_no_temporary, gradient.
     """

@@ -1,10 +1,9 @@
 """What the losses must know of sharded arrays: how classes are split, and how blocks keep their work with their data.
 
-Under plain jit XLA decides where every array lives, and a trace sees the mesh of an array, but not which of its axes
-are split over which mesh axes. If an axis is split evenly, though, the number of shards divides both its size and the
-number of devices. So an axis viewed as gcd(size, devices) equal parts, [parts, size/parts], has the parts sharded and
-the rest local, whatever the sharding. Blocks that take an equal share of every part then move no data. On an Explicit
-mesh the types tell the number of shards. Without a mesh, and inside `jax.shard_map`, there is one part.
+A trace cannot see how plain jit splits an axis. But if it is split evenly, the number of shards divides both the axis
+and the devices, hence their gcd. So an axis is viewed as [gcd, rest]: then `rest` is local, whatever the sharding.
+Blocks that take an equal share of every part move no data. On an Explicit mesh the types tell the number of shards.
+Without a mesh, and inside `jax.shard_map`, there is one part.
 """
 
 import math

@@ -31,11 +31,13 @@ def _rule_of(shards: ClassShards, with_entropy: bool, differentiated: bool = Fal
     @jax.custom_vjp
     def rule(values, selection):
         s = shards.joined(_schedule.class_sums(shards, with_entropy, differentiated, values, selection))
-        correct = (s.first == selection.labels).astype(s.shift.dtype) if with_entropy else None
-        return _rule.row_of(s), correct
+        row, correct = _rule.row_of(s), None
+        if with_entropy:  # floating, since the outputs have cotangents
+            correct = jnp.where(jnp.isnan(row.loss), 0, s.first == selection.labels).astype(s.shift.dtype)
+        return row, correct
 
     def forward(values, selection):
-        # From a function that carries the rule: the second derivative of these residuals then goes by the rule again.
+        # Residuals come from the rule, not from its body, so that their own derivative is the rule's too.
         out = _rule_of(shards, with_entropy, True)(values, selection)
         return out, (values, selection, out[0]._replace(loss=None, target_loss=None))
 
@@ -66,6 +68,6 @@ def _backward(shards: ClassShards, values: Values, selection: Selection, row: Ro
 
 
 def _label_loss(m: Array, log_sum: Array, logit: Array) -> Array:
-    """−log o_c again, differentiable. `where`: in a sure row m is z_c, and autodiff would compute 1 − 1 for m − z_c."""
+    """−log o_c again, differentiable. In a sure row m is z_c, but autodiff of m − z_c would be 1 − 1, rounded."""
     gap = m - logit
     return jnp.where(gap + log_sum < 0.5, 0, gap) + log_sum
