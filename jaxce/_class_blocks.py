@@ -38,19 +38,14 @@ def class_blocked_rows(
 
     `inputs.others` is `Values` without logits.
     """
-    rows = selection.labels.size
+    static = shards, block_size
 
-    def forward(inputs):
-        def on_platform(layer, *inputs):
-            return _forward(layer, shards, max_classes(layer, rows, block_size), *inputs)
+    def forward(arguments):
+        return layer.by_platform(lambda layer, *arguments: _forward(layer, *static, *arguments), *arguments), None
 
-        return layer.by_platform(on_platform, *inputs), None
-
-    def backward(inputs, out, g, perturbed):
-        def on_platform(layer, *arguments):
-            return _backward(layer, shards, max_classes(layer, rows, block_size), perturbed[0], *arguments)
-
-        return layer.by_platform(on_platform, *inputs, out, g), None
+    def backward(arguments, out, g, perturbed):
+        loop = functools.partial(_backward, perturbed=perturbed[0])
+        return layer.by_platform(lambda layer, *args: loop(layer, *static, *args), *arguments, out, g), None
 
     row, _ = with_backward(forward, backward)((inputs, selection))
     return row
@@ -70,7 +65,7 @@ def _block(layer: Layer, shards: ClassShards, inputs: Inputs, selection: Selecti
     return w, jax.tree.map(lambda a: varying_as(a, z), values), selection, ids == selection.labels[..., None]
 
 
-def _forward(layer: Layer, shards: ClassShards, max_classes: int, inputs: Inputs, selection: Selection) -> Row:
+def _forward(layer: Layer, shards: ClassShards, block_size: int | None, inputs: Inputs, selection: Selection) -> Row:
     inputs = inputs._replace(w=gathered(inputs.w, 1 - layer.class_axis))
     labels = selection.labels
 
@@ -84,12 +79,12 @@ def _forward(layer: Layer, shards: ClassShards, max_classes: int, inputs: Inputs
     t = None if inputs.others.targets is None else zeros
     nothing = single(zeros - jnp.inf, zeros > 0, t, None)
     nothing = nothing._replace(logit=jnp.where(labels == _labels.INVALID, jnp.nan, zeros))
-    s = over_classes(step, nothing, layer.classes // layer.parts, max_classes)
+    s = over_classes(step, nothing, layer.classes // layer.parts, max_classes(layer, labels.size, block_size))
     return _rule.row_of(shards.joined(s))
 
 
-def _backward(layer: Layer, shards, max_classes: int, moves: Inputs, inputs: Inputs, selection, out: Row, g: Row):
-    """The gradients of ⟨g, out⟩ with respect to `inputs`, None where `moves` is False."""
+def _backward(layer: Layer, shards, block_size, inputs: Inputs, selection, out: Row, g: Row, perturbed: Inputs):
+    """The gradients of ⟨g, out⟩ with respect to `inputs`, None where not `perturbed`."""
     inputs = inputs._replace(w=gathered(inputs.w, 1 - layer.class_axis))
     rows = range(selection.labels.ndim)
     row, g = jax.tree.map(lambda a: a[..., None], (out, g))
@@ -101,25 +96,27 @@ def _backward(layer: Layer, shards, max_classes: int, moves: Inputs, inputs: Inp
         (dvalues,) = options_vjp(_rule.gradient(z, at_label, t, row, g))
         dz = dvalues.logits
 
-        def add(total, block, name):
-            if total is None:
-                return None
-            return layer.put(total, block, start, -1) if name == "class_weights" else total + block
+        def put(total, block, axis=-1):
+            return layer.put(total, block, start, axis)
 
-        pairs = zip(Values._fields, grads.others, dvalues, strict=True)
-        return grads._replace(
-            x=grads.x + layer.dx(dz, w) if moves.x else None,
-            w=layer.put(grads.w, layer.dw(inputs.x, dz, x_transposed), start, layer.class_axis) if moves.w else None,
-            bias=layer.put(grads.bias, dz.sum(rows), start) if moves.bias else None,
-            others=Values(*(add(total, block, name) for name, total, block in pairs)),
+        def added(name, total, block):
+            return None if total is None else put(total, block) if name == "class_weights" else total + block
+
+        dw = layer.dw(inputs.x, dz, x_transposed) if perturbed.w else None
+        return Inputs(
+            grads.x + layer.dx(dz, w) if perturbed.x else None,
+            put(grads.w, dw, layer.class_axis) if perturbed.w else None,
+            put(grads.bias, dz.sum(rows)) if perturbed.bias else None,
+            Values(*map(added, Values._fields, grads.others, dvalues)),
         )
 
     def zeros(a, moves):
         return varying_as(jnp.zeros_like(a), *jax.tree.leaves((inputs, selection, g))) if moves else None
 
-    grads = jax.tree.map(zeros, inputs, moves)
+    grads = jax.tree.map(zeros, inputs, perturbed)
     grads = grads if grads.x is None else grads._replace(x=grads.x.astype(layer.sum_dtype))
 
-    step = functools.partial(step, layer.transposed(inputs.x) if moves.w else None)
-    grads = over_classes(step, grads, layer.classes // layer.parts, max_classes)
+    step = functools.partial(step, layer.transposed(inputs.x) if perturbed.w else None)
+    most = max_classes(layer, selection.labels.size, block_size)
+    grads = over_classes(step, grads, layer.classes // layer.parts, most)
     return grads if grads.x is None else grads._replace(x=grads.x.astype(inputs.x.dtype))

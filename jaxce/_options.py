@@ -40,6 +40,12 @@ class Selection(NamedTuple):
     class_mask: Any = None  # bool, broadcast against the logits; every row that counts has an unmasked class
     row_mask: Any = None  # [...] bool, the rows that count
 
+    @property
+    def mask(self) -> Array | None:
+        """Both masks together, broadcast against the logits."""
+        rows = None if self.row_mask is None else self.row_mask[..., None]
+        return self.class_mask if rows is None else rows if self.class_mask is None else self.class_mask & rows
+
     def class_count(self, shards: ClassShards) -> Array | int:
         """The classes of each row [..., 1] that are not masked, on all shards; at least 1."""
         if self.class_mask is None:
@@ -59,24 +65,22 @@ class Options(NamedTuple):
     def of(cls, function: str, dtype, ndim: int, shards: ClassShards, given: dict[str, ArrayLike | None]) -> "Options":
         """`given` for logits of `ndim` axes."""
         smoothing, weights, cap, z_loss = (given.get(name) for name in cls._fields)
-        smoothing = None if smoothing is None or _is_zero(smoothing) else smoothing
-        z_loss = None if z_loss is None or _is_zero(z_loss) else z_loss
-        if smoothing is not None:
-            smoothing = _checks.scalar(function, "label_smoothing", smoothing, dtype, 0, 1)
+
+        def number(name, value, high, **bounds):
+            unused = value is None or (isinstance(value, int | float) and value == 0 and not bounds)
+            return None if unused else _checks.scalar(function, name, value, dtype, 0, high, **bounds)
+
         if weights is not None:
             weights = _checks.real(function, "class_weights", weights).astype(dtype)
             per = "one weight for each class" + ("" if shards.axis_name is None else " of this shard")
             _checks.shape(function, "class_weights", weights, (shards.local,), per)
             weights = jnp.expand_dims(weights, range(ndim - 1))
-        if cap is not None:
-            cap = _checks.scalar(function, "logit_cap", cap, dtype, 0, math.inf, open_interval=True)
-        if z_loss is not None:
-            z_loss = _checks.scalar(function, "z_loss", z_loss, dtype, 0, math.inf)
-        return cls(smoothing, weights, cap, z_loss)
-
-
-def _is_zero(option: ArrayLike) -> bool:
-    return isinstance(option, int | float) and option == 0
+        return cls(
+            number("label_smoothing", smoothing, 1),
+            weights,
+            number("logit_cap", cap, math.inf, open_interval=True),
+            number("z_loss", z_loss, math.inf),
+        )
 
 
 def statistics_dtype(*arrays: Array | None):
@@ -90,15 +94,12 @@ def prepared(values: Values, selection: Selection) -> tuple[Array, Array | None]
     Masked classes get the logit −inf and the target 0; rows that do not count become all 0. What they held is replaced
     before anything is computed from it, or a NaN there would reach the gradients of the options.
     """
-    class_mask = selection.class_mask
-    row_mask = None if selection.row_mask is None else selection.row_mask[..., None]
-    mask = class_mask if row_mask is None else row_mask if class_mask is None else class_mask & row_mask
-
+    mask, class_mask, row_mask = selection.mask, selection.class_mask, selection.row_mask
     z = values.logits.astype(statistics_dtype(values.logits, values.targets))
     z = z if mask is None else jnp.where(mask, z, 0)
     z = z if values.logit_cap is None else soft_capped(z, values.logit_cap)
     if class_mask is not None:
-        z = jnp.where(class_mask if row_mask is None else class_mask | ~row_mask, z, -jnp.inf)
+        z = jnp.where(class_mask if row_mask is None else class_mask | ~row_mask[..., None], z, -jnp.inf)
     if values.targets is None:
         return z, None
 
@@ -158,6 +159,5 @@ def with_uniform_targets(values: Values, options: Options, ndim: int, dtype: Any
 def masked_mean(targets: Array, selection: Selection, like: Array, dtype: Any, shards: ClassShards) -> Array:
     """The mean of dense targets over the classes of each row [..., 1] that are not masked."""
     t = jnp.broadcast_to(targets.astype(dtype), like.shape)
-    t = t if selection.class_mask is None else jnp.where(selection.class_mask, t, 0)
-    t = t if selection.row_mask is None else jnp.where(selection.row_mask[..., None], t, 0)
+    t = t if selection.mask is None else jnp.where(selection.mask, t, 0)
     return shards.total(t.sum(-1, keepdims=True)) / jnp.asarray(selection.class_count(shards), dtype)

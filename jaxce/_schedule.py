@@ -245,7 +245,7 @@ def rows_per_block(logits: Array) -> int | None:
 
 
 def in_row_blocks(f: Callable[[Any], Any], logits: Array, args: Any, first: Callable[[Any], Any] | None = None) -> Any:
-    """`f(args)`, arrays of one number for each row of `logits` [..., K]; `f` is called on all rows or on blocks of rows.
+    """`f(args)`, arrays of one number for each row of `logits` [..., K]. `f` sees all rows, or blocks of them.
 
     An array in `args` either has the leading axes of `logits`, or has size 1 there and serves all rows.
     `first`, if given, makes the numbers of a block more cheaply, and says for which rows they are good: `f` sees the
