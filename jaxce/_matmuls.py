@@ -167,7 +167,7 @@ def scan_blocks(layer: Layer, block: Callable[..., Any], start: Any, slices: Any
 DW_TILE = 2**19  # numbers: 2 MiB of sums, which stay in the caches
 
 
-def over_classes(step, carry, classes: int, max_classes: int):
+def over_classes(step: Callable[..., Any], carry: Any, classes: int, max_classes: int) -> Any:
     """`step(carry, start, size)` for blocks of at most about `max_classes` classes, the last one smaller.
 
     Nothing is padded. Sizes are multiples of 128 (for others XLA:TPU copies all of w). Among ¾ to all of the most that

@@ -66,7 +66,7 @@ class Options(NamedTuple):
         """`given` for logits of `ndim` axes."""
         smoothing, weights, cap, z_loss = (given.get(name) for name in cls._fields)
 
-        def number(name, value, high, **bounds):
+        def number(name: str, value: Any, high: float, **bounds: Any):
             unused = value is None or (isinstance(value, int | float) and value == 0 and not bounds)
             return None if unused else _checks.scalar(function, name, value, dtype, 0, high, **bounds)
 
