@@ -31,7 +31,7 @@ def row_of(case: Case, target: str, slowest: int, known: Known) -> Row:
         key = target, before.as_text()
         program = known[key] if key in known else known.setdefault(key, before.compile())
         row["temp_mib"] = temp_mib_of(program)
-        row |= numbers(case, found := measured(program, case.arguments, target))
+        row |= numbers(case, found := measured(program, case.arguments, target), slowest)
     except Exception as e:  # a peer's failure is a result
         row["failed"] = f"{type(e).__name__}: {e}".splitlines()[0][:200]
     else:
@@ -39,9 +39,10 @@ def row_of(case: Case, target: str, slowest: int, known: Known) -> Row:
     return row
 
 
-def numbers(case: Case, found: Measured) -> Row:
+def numbers(case: Case, found: Measured, slowest: int) -> Row:
     floor = {"time": found.time} if case.is_head else {"passes": found.passes}
-    return floor | {"kernels": found.kernels, "seconds": found.roofline.seconds}
+    listed = {"slowest": [kernel._asdict() for kernel in found.roofline.table[:slowest]]} if slowest else {}
+    return floor | {"kernels": found.kernels, "seconds": found.roofline.seconds} | listed
 
 
 def print_kernels(case: Case, found: Measured, slowest: int) -> None:
@@ -109,7 +110,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--problem", action="append", choices=PROBLEMS, help="only this one; may be repeated")
     parser.add_argument("--contender", action="append", help="only this one; may be repeated")
     parser.add_argument("--target", action="append", choices=TARGETS, help="only this device; may be repeated")
-    parser.add_argument("--kernels", type=int, default=0, metavar="N", help="list each program's N slowest kernels")
+    parser.add_argument("--kernels", type=int, default=0, metavar="N", help="list each program's N slowest kernels too")
     parser.add_argument("--json", metavar="FILE", help="write what was measured; other programs that FILE has stay")
     return parser.parse_args(arguments)
 

@@ -66,8 +66,9 @@ def test_the_command_reports_every_number_and_why_another_failed(tiny, tmp_path,
     assert set(result) == {"date", "versions", "tokens", "rows"}
     head, untraceable, endless, peer = result["rows"]
     named = {"problem", "contender", "target"}
-    assert set(head) == named | {"temp_mib", "time", "kernels", "seconds"}
-    assert set(peer) == named | {"temp_mib", "passes", "kernels", "seconds"}
+    assert set(head) == named | {"temp_mib", "time", "kernels", "seconds", "slowest"}
+    assert set(peer) == named | {"temp_mib", "passes", "kernels", "seconds", "slowest"}
+    assert set(peer["slowest"][0]) == {"name", "op", "trips", "seconds", "flops", "bytes"}
     assert set(untraceable) == named | {"failed"}
     assert set(endless) == named | {"temp_mib", "failed"}
     assert "trip count" in endless["failed"]
