@@ -162,9 +162,10 @@ def difference(got: Any, wanted: Any) -> Array:
 def compared(rows: list[Row]) -> list[Row]:
     """Each head's time as a multiple of three bare matmuls and of optax's."""
     for name, key in (("three matmuls", "of matmuls"), ("optax", "of optax")):
-        base = {row["problem"]: row["ms"] for row in rows if row["contender"] == name and "ms" in row}
-        for row in rows:
-            if "ms" in row and row["problem"] in base:
+        heads = [row for row in rows if "TFLOP/s" in row]
+        base = {row["problem"]: row["ms"] for row in heads if row["contender"] == name}
+        for row in heads:
+            if row["problem"] in base:
                 row[key] = row["ms"] / base[row["problem"]]
     return rows
 
