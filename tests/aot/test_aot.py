@@ -87,8 +87,8 @@ def _copy_of_w(features, classes):
 
 
 BOUNDS = {  # beside which, blocks of so many bytes: on H100, on TPU
-    "jaxce": (_dx, CLASSES, 1.2, 0.2),
-    "jaxce, float32 w, recompute=True": (_dx, CLASSES, 1.2, 0.2),
+    "jaxce": (_dx, CLASSES, 1.45, 0.2),
+    "jaxce, float32 w, recompute=True": (_dx, CLASSES, 1.45, 0.2),
     "jaxce, recompute=False": (_dw, ROWS, 0.7, 2.01),
     "jaxce, float32 w": (_copy_of_w, ROWS, 1.7, 1.01),
 }
