@@ -92,8 +92,8 @@ BOUNDS = {  # what is held, rows or classes in a block, and how many blocks: on 
     "jaxce, recompute=False": (_dw, ROWS, 0.7, 2.2),
     "jaxce, float32 w": (_copy_of_w, ROWS, 1.7, 1.2),
 }
-MODELS = [
-    pytest.param(model, name, marks=() if model == "qwen3-8b" and name == "jaxce" else slow)  # 1,187 times 128: no even blocks
+MODELS = [  # the quick one has 1,187 times 128 classes: no even blocks
+    pytest.param(model, name, marks=() if model == "qwen3-8b" and name == "jaxce" else slow)
     for model in HEADS
     for name in BOUNDS
 ]
