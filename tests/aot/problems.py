@@ -1,6 +1,6 @@
 """What is compiled: heads of language models and losses of logits, by jaxce, and by every peer that is installed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -68,14 +68,37 @@ def gradients(loss: Callable) -> Callable:
     return jax.value_and_grad(loss, (0, 1))
 
 
+HALF, SINGLE = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
+
+
+def per_row(x, w, labels):
+    return jaxce.linear_cross_entropy(x, w, labels, reduction="none").mean()
+
+
+def of(dtype=HALF, /, **options) -> tuple[Callable, jnp.dtype]:
+    return partial(jaxce.linear_cross_entropy, **options), dtype
+
+
 OURS: dict[str, tuple[Callable, jnp.dtype]] = {  # and the dtype of w
-    "jaxce": (jaxce.linear_cross_entropy, jnp.dtype(jnp.bfloat16)),
-    "jaxce, recompute": (partial(jaxce.linear_cross_entropy, recompute=True), jnp.dtype(jnp.bfloat16)),
-    "jaxce, float32 w": (partial(jaxce.linear_cross_entropy, dtype=jnp.bfloat16), jnp.dtype(jnp.float32)),
-    "jaxce, float32 w, recompute": (
-        partial(jaxce.linear_cross_entropy, dtype=jnp.bfloat16, recompute=True),
-        jnp.dtype(jnp.float32),
-    ),
+    "jaxce": of(),
+    "jaxce, recompute=True": of(recompute=True),
+    "jaxce, recompute=False": of(recompute=False),
+    "jaxce, per row": (per_row, HALF),
+    "jaxce, float32 w": of(SINGLE, dtype=HALF),
+    "jaxce, float32 w, recompute=True": of(SINGLE, dtype=HALF, recompute=True),
+}
+
+
+def blocks_of(classes: Iterable[int] = (), rows: Iterable[int] = ()) -> dict[str, tuple[Callable, jnp.dtype]]:
+    """By blocks of so many classes, or rows."""
+    plans = {f"jaxce, {size} classes": of(recompute=True, block_size=size) for size in classes}
+    return plans | {f"jaxce, {size} rows": of(recompute=False, block_size=size) for size in rows}
+
+
+SOME = blocks_of((1024, 2048, 4096, 8192, 16384), (1024, 2048))
+BLOCKS = {  # by head
+    "llama-3.1-8b": blocks_of((512, 1024, 2048, 4096, 8192, 16384), (512, 1024, 2048, 4096, 8192)),
+    **dict.fromkeys(("gemma-3-4b", *MORE_HEADS), SOME),
 }
 
 
@@ -91,7 +114,7 @@ def peers_of_a_head() -> dict[str, Callable]:
 
 def cases_of_a_head(problem: str) -> list[Case]:
     tokens, features, classes = ALL_HEADS[problem]
-    losses = OURS | {name: (loss, jnp.dtype(jnp.bfloat16)) for name, loss in peers_of_a_head().items()}
+    losses = OURS | BLOCKS.get(problem, {}) | {name: (loss, HALF) for name, loss in peers_of_a_head().items()}
     return [
         Case(problem, name, gradients(loss), head(features, classes, dtype, tokens))
         for name, (loss, dtype) in losses.items()
@@ -135,9 +158,9 @@ def mean_of_every_statistic(logits, labels):
     return (found.log_prob + found.log_normalizer + found.entropy).mean()
 
 
-def cases_of_logits(problem: str) -> list[Case]:
+def cases_of_logits(problem: str, shape: tuple[int, int] = LOGITS) -> list[Case]:
     dtype = LOGITS_DTYPES[problem]
-    z, labels, class_weights, where = logits(dtype)
+    z, labels, class_weights, where = logits(dtype, shape)
     integer: tuple = (z, labels, class_weights, where)
     dense: tuple = (z, z)
     losses: dict[str, tuple[Callable, tuple]] = {

@@ -48,9 +48,14 @@ def device(target: str) -> Any:
 
 def compiled(f: Callable, arguments: Any, target: str) -> Any:
     """`f`, compiled for one device; `arguments` are `jax.ShapeDtypeStruct`s."""
+    return lowered(f, arguments, target).compile()
+
+
+def lowered(f: Callable, arguments: Any, target: str) -> Any:
+    """What `compiled` compiles: two functions are the same program if the `as_text()` of this is the same."""
     sharding = jax.sharding.SingleDeviceSharding(device(target))
     there = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
-    return jax.jit(f).lower(*there).compile()
+    return jax.jit(f).lower(*there)
 
 
 def temp_mib_of(program: Any) -> float:

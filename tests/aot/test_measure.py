@@ -39,6 +39,8 @@ def test_a_loss_of_logits_is_measured_in_passes(target, dtype):
 @pytest.fixture
 def tiny(monkeypatch):
     def found(problem):
+        if problem not in ("gpt-2", "logits"):
+            return []
         x, w, _ = arguments = problems.head(128, 512, tokens=64)
         z = problems.logits(shape=(64, 512))[:1]
         if problem != "gpt-2":
@@ -64,14 +66,36 @@ def test_the_command_reports_every_number_and_why_another_failed(tiny, tmp_path,
     assert set(result) == {"date", "versions", "tokens", "rows"}
     head, untraceable, endless, peer = result["rows"]
     named = {"problem", "contender", "target"}
-    assert set(head) == named | {"temp_mib", "time", "kernels", "seconds"}
-    assert set(peer) == named | {"temp_mib", "passes", "kernels", "seconds"}
+    assert set(head) == named | {"temp_mib", "time", "kernels", "seconds", "slowest"}
+    assert set(peer) == named | {"temp_mib", "passes", "kernels", "seconds", "slowest"}
+    assert set(peer["slowest"][0]) == {"name", "op", "trips", "seconds", "flops", "bytes"}
     assert set(untraceable) == named | {"failed"}
     assert set(endless) == named | {"temp_mib", "failed"}
     assert "trip count" in endless["failed"]
     assert peer["passes"] == 2 and peer["kernels"] == 1
     printed = capsys.readouterr().out
     assert endless["failed"] in printed and untraceable["failed"] in printed
+
+
+def test_a_report_keeps_other_programs_of_the_same_versions(tiny, tmp_path, monkeypatch):
+    pytest.importorskip("tqdm", reason="tqdm is a dependency of the extra")
+    report = tmp_path / "report.json"
+    for problem in ("logits", "gpt-2", "logits"):
+        assert command.main(["--target", "H100", "--problem", problem, "--json", str(report)]) == 0
+    rows = json.loads(report.read_text())["rows"]
+    assert [row["contender"] for row in rows] == ["jaxce", "does not trace", "does not end", "peer"]
+    monkeypatch.setattr(command, "versions", lambda: {"jax": "another"})
+    assert command.main(["--target", "H100", "--problem", "logits", "--json", str(report)]) == 0
+    assert [row["contender"] for row in json.loads(report.read_text())["rows"]] == ["peer"]
+
+
+def test_a_program_that_two_contenders_share_is_compiled_once(monkeypatch):
+    pytest.importorskip("tqdm", reason="tqdm is a dependency of the extra")
+    known: command.Known = {}
+    z = problems.logits(shape=(64, 512))[:1]
+    shared = [problems.Case("logits", name, lambda z: jnp.exp(z) + 1, z) for name in ("one", "the same")]
+    rows = [command.row_of(case, "H100", 0, known) for case in shared]
+    assert len(known) == 1 and rows[1] == rows[0] | {"contender": "the same"}
 
 
 def test_the_command_fails_if_jaxce_does(monkeypatch):
