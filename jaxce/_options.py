@@ -67,8 +67,9 @@ class Options(NamedTuple):
         smoothing, weights, cap, z_loss = (given.get(name) for name in cls._fields)
 
         def number(name: str, value: Any, high: float, **bounds: Any):
-            unused = value is None or (isinstance(value, int | float) and value == 0 and not bounds)
-            return None if unused else _checks.scalar(function, name, value, dtype, 0, high, **bounds)
+            if value is None or (isinstance(value, int | float) and value == 0 and not bounds):
+                return None
+            return _checks.scalar(function, name, value, dtype, 0, high, **bounds)
 
         if weights is not None:
             weights = _checks.real(function, "class_weights", weights).astype(dtype)

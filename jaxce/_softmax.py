@@ -33,7 +33,7 @@ def _rule_of(shards: ClassShards, with_entropy: bool, differentiated: bool = Fal
         s = shards.joined(_schedule.class_sums(shards, with_entropy, differentiated, values, selection))
         row, correct = _rule.row_of(s), None
         if with_entropy:  # floating, since the outputs have cotangents
-            correct = jnp.where(jnp.isnan(row.loss), 0, s.first == selection.labels).astype(s.shift.dtype)
+            correct = ((s.first == selection.labels) & ~jnp.isnan(row.loss)).astype(s.shift.dtype)
         return row, correct
 
     def forward(values, selection):
