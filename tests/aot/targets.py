@@ -38,12 +38,13 @@ gpu_device_info {
 
 
 @functools.cache
-def device(target: str) -> Any:
+def devices(target: str) -> Any:
+    """One H100, or four TPUs."""
     if target == "H100":
         topology = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=H100, topology="1x1x1")
     else:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[target])
-    return topology.devices[0]
+    return topology.devices
 
 
 def compiled(f: Callable, arguments: Any, target: str) -> Any:
@@ -53,7 +54,7 @@ def compiled(f: Callable, arguments: Any, target: str) -> Any:
 
 def lowered(f: Callable, arguments: Any, target: str) -> Any:
     """What `compiled` compiles: two functions are the same program if the `as_text()` of this is the same."""
-    sharding = jax.sharding.SingleDeviceSharding(device(target))
+    sharding = jax.sharding.SingleDeviceSharding(devices(target)[0])
     there = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
     return jax.jit(f).lower(*there)
 

@@ -3,11 +3,15 @@
 Temp memory is what the compiled program needs beside its inputs and outputs.
 """
 
+import math
 import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxce
 
@@ -20,7 +24,7 @@ from .problems import (
     logits,
     mean_loss_with_every_option,
 )
-from .targets import compiled, temp_mib
+from .targets import compiled, devices, temp_mib
 
 pytestmark = pytest.mark.aot
 slow = pytest.mark.slow
@@ -140,3 +144,17 @@ def test_elementary_functions_are_accurate_on_tpus(target, loss, arguments):
     calls = re.findall(rf"= f32\S* {names}\(.*", program.as_text())
     assert len(calls) >= 4
     assert all("result_accuracy={mode=highest}" in call for call in calls), calls
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_split_classes_communicate_numbers_per_row_only(axis_type):
+    """The one pass over logits whose classes are split over four TPUs: no logits are gathered."""
+    rows, classes = 64, 4096
+    mesh = Mesh(np.array(devices("TPU v5e")), ("classes",), axis_types=(axis_type,))
+    z = jax.ShapeDtypeStruct((rows, classes), jnp.float32, sharding=NamedSharding(mesh, P(None, "classes")))
+    y = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=NamedSharding(mesh, P()))
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.value_and_grad(_integer)).lower(z, y).compile().as_text()
+    names = r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    shapes = re.findall(rf"= \(?\w+\[([\d,]*)\]\S* (?:{names})(?:-start)?\(", text)
+    assert shapes and all(math.prod(map(int, s.split(","))) <= 4 * rows for s in shapes), shapes
