@@ -154,7 +154,7 @@ def test_split_classes_communicate_numbers_per_row_only(axis_type):
     z = jax.ShapeDtypeStruct((rows, classes), jnp.float32, sharding=NamedSharding(mesh, P(None, "classes")))
     y = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=NamedSharding(mesh, P()))
     with jax.set_mesh(mesh):
-        text = jax.jit(jax.value_and_grad(_integer)).lower(z, y).compile().as_text()
+        text = str(jax.jit(jax.value_and_grad(_integer)).lower(z, y).compile().as_text())
     names = r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
     shapes = re.findall(rf"= \(?\w+\[([\d,]*)\]\S* (?:{names})(?:-start)?\(", text)
     assert shapes and all(math.prod(map(int, s.split(","))) <= 4 * rows for s in shapes), shapes
