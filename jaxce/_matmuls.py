@@ -71,6 +71,7 @@ class Layer(NamedTuple):
         """dx of a small block; on CPU as dxᵀ = w·dzᵀ: 5 to 25 % faster, in bfloat16 up to 50 %.
 
         The barrier stops XLA from undoing the transpose. For many rows use `dx`: dxᵀ would be an extra large buffer.
+        Test: test_dx_of_a_block_is_made_transposed.
         """
         if self.class_axis == 0 or not self.on_cpu:
             return self.dx(dz, w)
@@ -89,6 +90,7 @@ class Layer(NamedTuple):
         There a transposed operand costs float32 a fifth of its speed, and bfloat16 half, because it is multiplied in
         float32. Some bfloat16 matmuls of a vmapped loss are not implemented at all. The barrier keeps XLA from folding
         the transpose back into the matmul.
+        Test: test_no_matmul_reads_a_transposed_x.
         """
         if not self.on_cpu or self.devices > 1:
             return None
@@ -123,6 +125,7 @@ class Layer(NamedTuple):
         """A block of w. XLA for TPUs would hoist its cast to bfloat16, and make a copy of all of w.
 
         `reduce_precision` rounds as the cast to come does, and stays in the loop.
+        Test: test_heads_of_language_models_need_little_beside_their_accumulators, float32 w, recompute.
         """
         w = self.take(w, start, size, self.class_axis)
         if self.operand_dtype == jnp.bfloat16:
@@ -151,6 +154,7 @@ def scan_blocks(layer: Layer, block: Callable[..., Any], start: Any, slices: Any
 
     XLA leaves out the sum with zeros, but not the pass over memory that makes them: 2 % of a head's time on an H100.
     The barrier has the loop reuse the first block's memory. For TPUs XLA does not, and would hold its logits twice.
+    Test: test_the_sum_of_dw_starts_from_its_first_block_on_gpus.
     """
     if layer.platform != "gpu" or jax.tree.leaves(slices)[0].shape[0] < 2:
         return lax.scan(block, start, slices)

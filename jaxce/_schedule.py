@@ -67,7 +67,7 @@ def one_pass(z: Array, at_label: Array | None, t: Array | None, ids: Array | Non
     Symptom: a maximum, sums, a mean target and an entropy are 2 to 4 passes over the logits on GPUs and TPUs. XLA for
     GPUs also writes capped logits to memory, in float32, where two operands of a reduce need them.
     Remedy: one variadic reduce joins single classes. It does without the label's logit where that may be gathered.
-    Test: tests/aot, passes over the logits.
+    Test: test_a_loss_of_logits_reads_them_twice_and_writes_its_gradient.
     """
     t, ids = (None if a is None else jnp.broadcast_to(a, z.shape) for a in (t, ids))
     last = None if ids is None else jnp.array(jnp.iinfo(ids.dtype).max, ids.dtype)
@@ -129,7 +129,7 @@ def about_label(arguments: tuple[Values, Selection]) -> tuple[Sums, Array]:
     Symptom: the maximum takes a pass and a copy of the block, half of a large loss's time.
     Remedy: shift by the label's own logit instead. exp(z_j − z_y) overflows once the loss exceeds 88; already at 32 its
     rounding costs o about 1e-6. Rows above 32 are redone about their maximum.
-    Test: test_losses_of_any_size for the values; the time is in the benchmark.
+    Test: test_a_maximum_is_taken_at_a_second_look_only, test_losses_of_any_size for the values; the benchmark's time.
     """
     values, selection = arguments
     shards = ClassShards(values.logits.shape[-1])
@@ -154,7 +154,7 @@ def keeps_exponentials(values: Values, selection: Selection) -> bool:
     Symptom: on rows of fewer than 128 classes a second exp costs more than a pass over memory. And jax 0.10 does not
     write the gradient over logits that a loop has read.
     Remedy: there the forward pass takes no blocks, so that XLA merges its exponentials with the gradient's.
-    Test: the benchmark, logits 1024×1000 and, on jax 0.10, logits from a matmul.
+    Test: test_gradient_of_narrow_rows_is_made_of_their_exponentials; the benchmark, on jax 0.10, logits from a matmul.
     """
     without_cast = values.logits.dtype == statistics_dtype(values.logits) and _only_casts(values, selection)
     return without_cast and (values.logits.shape[-1] < 128 or jax.__version_info__[:2] == (0, 10))
@@ -180,7 +180,7 @@ def label_logit(values: Values, selection: Selection, m: Array, shards: ClassSha
     buffer; gathering after the cast makes TPUs cast all logits.
     Remedy: barriers fix the order max, gather, exp, and the cast comes after the gather. Exponentials of capped logits
     do not overwrite the logits, and with a barrier a CPU would cap them twice.
-    Test: test_large_vocabulary_needs_no_temporary, and tests/aot.
+    Test: test_large_logits_leave_no_temporary, gradient; test_capped_logits_are_capped_once.
     """
     late = lax.optimization_barrier((values.logits, m))[0]
     logit = rounded_alike(_gathered_logit(values._replace(logits=late), selection, shards), m, values.logit_cap)
@@ -206,7 +206,7 @@ def rounded_alike(logit: Array, m: Array, cap: Array | None) -> Array:
     """Symptom: a capped label, compiled apart from the others, can be one rounding off the maximum that it is. The gap
     costs a confident row's loss its digits.
     Remedy: within 4 ulp it is the maximum. The derivative stays the label's own.
-    Test: test_gradient_through_a_saturated_cap_is_exact.
+    Test: test_loss_of_probabilities_is_not_negative.
     """
     if cap is None:
         return logit
@@ -296,7 +296,7 @@ def _copied(f, block):
 def _second_look(f, first, block, i, blocks):
     """Symptom: vmap turns a cond into both of its branches; and XLA moves out of a loop what does not depend on it.
     Remedy: a while_loop that runs at most once, whose step reads the index that it changes.
-    Test: test_large_logits_leave_no_temporary, gradient.
+    Test: test_a_maximum_is_taken_at_a_second_look_only; for the index, test_large_logits_leave_no_temporary, gradient.
     """
     numbers, good = first(block(i))
     start = numbers, jnp.where(good.all(), blocks, i)

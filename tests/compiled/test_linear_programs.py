@@ -52,6 +52,22 @@ def test_only_the_matmuls_that_are_needed(wanted, differentiated, recompute):
     assert matmuls(text_of(f, x, w, labels)) == wanted
 
 
+@by_blocks
+def test_no_matmul_reads_a_transposed_x(recompute):
+    """dw = xᵀ·δ on a CPU: x is transposed before the loop, not by each matmul, which that makes slow."""
+    x, w, labels = head(256, 16, 1024)
+    f = partial(linear_cross_entropy, block_size=128, recompute=recompute)
+    text = text_of(jax.value_and_grad(f, (0, 1)), x, w, labels)
+    assert " dot(" in text and "lhs_contracting_dims={0}" not in text
+
+
+def test_dx_of_a_block_is_made_transposed():
+    """On a CPU w·δᵀ is the faster matmul."""
+    x, w, labels = head(256, 16, 1024)
+    text = text_of(jax.value_and_grad(partial(linear_cross_entropy, block_size=128, recompute=False)), x, w, labels)
+    assert re.findall(r"f32\[16,128\]\S* dot\(", text) and not re.findall(r"f32\[128,16\]\S* dot\(", text)
+
+
 BLOCK = 128 * 4096 * 4
 
 

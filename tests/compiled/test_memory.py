@@ -25,6 +25,7 @@ from ..helpers import (
     row_arguments,
     temp_bytes,
     temp_bytes_of,
+    text_of,
 )
 
 LARGE = (1024, 50257)
@@ -161,6 +162,13 @@ def test_vmap_needs_at_most_one_array_to_move_its_axes(in_axes):
     assert temp_bytes(jax.vmap(integer_loss, in_axes), *shapes) <= 4 * batch * rows * classes + MIB
 
 
+def test_capped_logits_are_capped_once():
+    """The label's logit is read before the exponentials, and no barrier for that has all logits capped again."""
+    z, labels = row_arguments((1024, 1000))
+    capped = functools.partial(integer_loss, logit_cap=30.0)
+    assert temp_bytes(gradient_of(capped), z, labels) <= 4 * 1024 * 1000 + MIB
+
+
 # ------------------------------------------------------------------------------ large logits on one CPU, in row blocks
 
 
@@ -249,3 +257,17 @@ def test_large_logits_fault_no_pages_but_the_gradients(name, one_device):
     gradient = arguments[0].nbytes if "gradient" in name else 0
     # What is temporary is a fresh buffer too, when the allocator did not keep the last one.
     assert min(faults) * resource.getpagesize() <= gradient + temp_bytes_of(run) + MIB
+
+
+def test_gradient_of_narrow_rows_is_made_of_their_exponentials(one_device):
+    """Of fewer than 128 classes, exp is taken once for the loss and its gradient, and so there are no blocks."""
+    text = text_of(gradient_of(integer_loss), *row_arguments((2**18, 100)))
+    assert len(re.findall(r"f32\[\d+,100\]\S* exponential\(", text)) == 1 and " while(" not in text
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_maximum_is_taken_at_a_second_look_only(mapped, one_device):
+    """The second loop, in the loop over blocks, runs for those that have a row whose loss is large."""
+    shape = (2, 512, 50257) if mapped else LARGE
+    text = text_of(jax.vmap(integer_loss) if mapped else integer_loss, *row_arguments(shape))
+    assert len(re.findall(r" while\(", text)) == 2
