@@ -176,6 +176,7 @@ def over_classes(step: Callable[..., Any], carry: Any, classes: int, max_classes
 
     Nothing is padded. Sizes are multiples of 128 (for others XLA:TPU copies all of w). Among ¾ to all of the most that
     fit, the one with the smallest remainder is taken, as odd widths are slow on CPU.
+    Test: test_no_copy_of_w_for_an_odd_number_of_classes.
     """
     most = max(1, min(max_classes, classes) // 128)
     size = 128 * min(range(-(-3 * most // 4), most + 1), key=lambda lanes: (classes // 128 % lanes, -lanes))

@@ -127,13 +127,14 @@ def test_the_sum_of_dw_starts_from_its_first_block_on_gpus():
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("class_axis", [-1, 0])
 def test_no_copy_of_w_for_an_odd_number_of_classes(class_axis, target):
-    x, w, labels = head(1024, 50257)  # w is 98 MiB
+    tokens = TOKENS if target == "H100" else TOKENS // 2  # on TPUs, blocks of all TOKENS would hide a copy
+    x, w, labels = head(1024, 50257, tokens=tokens)  # w is 98 MiB
     w = w if class_axis else jax.ShapeDtypeStruct(w.shape[::-1], w.dtype)
 
     def loss(x, w, labels):
         return jaxce.linear_cross_entropy(x, w, labels, class_axis=class_axis, recompute=True)
 
-    assert temp_mib(gradients(loss), (x, w, labels), target) <= 1.5 * 4 * TOKENS * 1024 / MIB + 40
+    assert temp_mib(gradients(loss), (x, w, labels), target) <= 1.5 * 4 * tokens * 1024 / MIB + 40
 
 
 def _recomputed_with_options(x, w, labels):

@@ -19,6 +19,7 @@ from ..helpers import (
     NO_BF16_LOOPS,
     compiled,
     dense_loss,
+    head,
     integer_loss,
     logits,
     random_labels,
@@ -150,6 +151,13 @@ def test_residuals_of_dense_targets(dtype):
     large = [r for r in kept if r.size >= z.size]
     assert sorted(str(r.dtype) for r in large) == sorted([dtype, "bfloat16"])
     assert sum(r.size for r in kept if r.size < z.size) <= 3 * 32
+
+
+def test_residuals_of_a_head_by_classes():
+    """x and w once, and numbers per row."""
+    x, w, labels = head(32, 100, 300)
+    kept = residuals(lambda x, w: jaxce.linear_cross_entropy(x, w, labels, recompute=True, block_size=128), x, w)
+    assert sorted(r.shape for r in kept if r.size >= x.size) == [x.shape, w.shape]
 
 
 @pytest.mark.parametrize("in_axes", [(0, 0), (1, 1), (2, 0), (0, None), (None, 0)], ids=str)
