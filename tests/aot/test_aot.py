@@ -61,7 +61,7 @@ def test_losses_of_logits_need_no_array_of_their_size(target, loss, dtype):
 @pytest.mark.parametrize("name", ["linear_cross_entropy", "recompute", "per row", "fused_linear"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_losses_of_a_linear_layer_hold_a_block_of_logits(target, name, dtype):
-    tokens, classes = 4 * SMALL[0], SMALL[1]
+    tokens, classes = 8 * SMALL[0], SMALL[1]  # four blocks of rows
     x, w, labels = head(FEATURES, classes, dtype, tokens)
     losses = {
         "linear_cross_entropy": jaxce.linear_cross_entropy,
@@ -70,7 +70,7 @@ def test_losses_of_a_linear_layer_hold_a_block_of_logits(target, name, dtype):
         "fused_linear": jaxce.fused_linear(jaxce.softmax_cross_entropy_with_integer_labels),
     }
     arguments = x.update(dtype=dtype), w, labels
-    whole = 4 * tokens * classes / MIB  # 156
+    whole = 4 * tokens * classes / MIB  # 312
     for f in (losses[name], gradients(losses[name])):
         assert temp_mib(f, arguments, target) <= 0.75 * whole
 
@@ -134,7 +134,9 @@ def test_no_copy_of_w_for_an_odd_number_of_classes(class_axis, target):
     def loss(x, w, labels):
         return jaxce.linear_cross_entropy(x, w, labels, class_axis=class_axis, recompute=True)
 
-    assert temp_mib(gradients(loss), (x, w, labels), target) <= 1.5 * 4 * tokens * 1024 / MIB + 40
+    # GPUs hold a block of logits in float32, 64 MiB, and its gradient in bfloat16; TPUs fuse most of it.
+    block = 1.5 * 64 + 8 if target == "H100" else 48
+    assert temp_mib(gradients(loss), (x, w, labels), target) <= 4 * tokens * 1024 / MIB + block
 
 
 def _recomputed_with_options(x, w, labels):
