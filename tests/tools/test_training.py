@@ -50,7 +50,7 @@ def assert_trains(train: Callable[[Callable], tuple[jax.Array, jax.Array]], form
 
 @each_form
 @SEEDS
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # flax itself, importing names that jax 0.8 deprecates
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # flax itself, importing names that jax deprecates
 def test_flax_nnx(form, seed):
     nnx = pytest.importorskip("flax.nnx")
     x, labels, targets = separable_data(seed, form)
