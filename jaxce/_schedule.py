@@ -143,7 +143,7 @@ def about_label(arguments: tuple[Values, Selection]) -> tuple[Sums, Array]:
 def maximum(values: Values, selection: Selection, z: Array) -> Array:
     """Symptom: XLA keeps the float32 cast of bfloat16 logits, a copy, for the passes after the maximum.
     Remedy: where logits are only cast, the maximum is taken before the cast.
-    Test: test_large_logits_leave_no_temporary.
+    Test: none; 2 MiB of dense bfloat16 logits on jax 0.10, nothing on 0.12.
     """
     return (values.logits if _only_casts(values, selection) else z).max(-1).astype(z.dtype)
 
@@ -168,7 +168,7 @@ def _only_casts(values: Values, selection: Selection) -> bool:
 def rounded_once(values: Values) -> Values:
     """Symptom: XLA recomputes logits that are a product in each pass, rounded differently: z_y − m is not exactly 0.
     Remedy: a barrier materializes them once.
-    Test: test_logits_that_are_a_product_are_rounded_once.
+    Test: none fails on jax 0.10 and 0.12, which happen to round once; an FMA of a product and the shift is possible.
     """
     return values._replace(logits=lax.optimization_barrier(values.logits))
 
@@ -288,7 +288,7 @@ def _in_row_blocks(f, first, lead: tuple[int, ...], size: int, args):
 def _copied(f, block):
     """Symptom: XLA casts all logits to float32 outside of the loop.
     Remedy: a barrier has each block copied, into cache.
-    Test: test_large_logits_leave_no_temporary, bf16. From jax 0.11 on; 0.10 casts in any loop.
+    Test: none; memory is the same without it on jax 0.12, and 0.10 casts in any loop.
     """
     return f(lax.optimization_barrier(block))
 
