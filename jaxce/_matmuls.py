@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from . import _checks
-from ._sharding import devices, parts_of
+from ._sharding import devices, in_shard_map, parts_of
 
 PLATFORMS = "cpu", "gpu", "tpu"
 
@@ -153,10 +153,12 @@ def scan_blocks(layer: Layer, block: Callable[..., Any], start: Any, slices: Any
     """`lax.scan`. On GPUs the first block comes before the loop: dw then starts from it, not from zeros.
 
     XLA leaves out the sum with zeros, but not the pass over memory that makes them: 2 % of a head's time on an H100.
-    The barrier has the loop reuse the first block's memory. For TPUs XLA does not, and would hold its logits twice.
+    The barrier has the loop reuse the first block's memory. For TPUs XLA does not, and would hold its logits twice. In
+    `jax.shard_map`, jax 0.10 gives all that passes a barrier the mesh axes of each: there it is the plain loop.
     Test: test_the_sum_of_dw_starts_from_its_first_block_on_gpus.
     """
-    if layer.platform != "gpu" or jax.tree.leaves(slices)[0].shape[0] < 2:
+    x = jax.tree.leaves(slices)[0]
+    if layer.platform != "gpu" or x.shape[0] < 2 or in_shard_map(x):
         return lax.scan(block, start, slices)
     totals, first = block(start, jax.tree.map(lambda a: a[0], slices))
     totals, first, slices = lax.optimization_barrier((totals, first, slices))
@@ -164,7 +166,7 @@ def scan_blocks(layer: Layer, block: Callable[..., Any], start: Any, slices: Any
     def at(totals, i):  # by an index: slices[1:] would be a copy
         return block(totals, jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), slices))
 
-    totals, rest = lax.scan(at, totals, jnp.arange(1, jax.tree.leaves(slices)[0].shape[0]))
+    totals, rest = lax.scan(at, totals, jnp.arange(1, x.shape[0]))
     return totals, jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
 
 

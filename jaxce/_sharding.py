@@ -58,10 +58,14 @@ class ClassShards(NamedTuple):
 def varying_as(a: Array, *arrays: Array | None) -> Array:
     """`a`, in `jax.shard_map` marked as varying over every mesh axis that any of `arrays` varies over."""
     for array in arrays:
-        if array is not None and _sizes(array, AxisType.Manual):
+        if array is not None and in_shard_map(array):
             # A zero with the type of the array; XLA leaves the sum out.
             a = jnp.add(a, jnp.zeros_like(array.ravel()[:1].sum(), dtype=a.dtype))
     return a
+
+
+def in_shard_map(a: Array) -> bool:
+    return bool(_sizes(a, AxisType.Manual))
 
 
 def devices(*arrays: Array) -> int:
