@@ -45,7 +45,7 @@ def with_forward_mode(f: Callable[..., Any]) -> Callable[..., Any]:
         return out, _saving_arguments(pushforward)(pullback, _nonzero(tangents))
 
     differentiable.defjvp(jvp, symbolic_zeros=True)
-    return functools.wraps(f)(differentiable)
+    return differentiable
 
 
 def with_backward(forward: Callable, backward: Callable) -> Callable[[Any], Any]:

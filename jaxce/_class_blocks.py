@@ -52,7 +52,7 @@ def class_blocked_rows(
 
 
 def _block(layer: Layer, shards: ClassShards, inputs: Inputs, selection: Selection, start, size: int):
-    """w, `Values` and `Selection` of one block of classes, and which of its classes [..., C] are the labels."""
+    """w and `Values` of one block of classes, and which of its classes [..., C] are the labels."""
 
     def take(a):
         return None if a is None else layer.take(a, start, size, -1)
@@ -60,9 +60,8 @@ def _block(layer: Layer, shards: ClassShards, inputs: Inputs, selection: Selecti
     w = layer.take_w(inputs.w, start, size)
     z = layer.logits(inputs.x, w, take(inputs.bias))
     ids = jnp.expand_dims(layer.take(shards.ids(), start, size), range(z.ndim - 1))
-    selection = selection._replace(class_mask=take(selection.class_mask))
     values = inputs.others._replace(logits=z, class_weights=take(inputs.others.class_weights))
-    return w, jax.tree.map(lambda a: varying_as(a, z), values), selection, ids == selection.labels[..., None]
+    return w, jax.tree.map(lambda a: varying_as(a, z), values), ids == selection.labels[..., None]
 
 
 def _forward(layer: Layer, shards: ClassShards, block_size: int | None, inputs: Inputs, selection: Selection) -> Row:
@@ -71,8 +70,8 @@ def _forward(layer: Layer, shards: ClassShards, block_size: int | None, inputs: 
 
     @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2,))
     def step(total, start, size):
-        _, values, block_selection, at_label = _block(layer, shards, inputs, selection, start, size)
-        z, t = prepared(values, block_selection)
+        _, values, at_label = _block(layer, shards, inputs, selection, start, size)
+        z, t = prepared(values, selection)
         return _rule.joined(total, sums_of_block(layer.on_cpu, z, at_label, t, None))
 
     zeros = varying_as(jnp.zeros(labels.shape, layer.sum_dtype), *jax.tree.leaves((inputs, selection)))
@@ -91,8 +90,8 @@ def _backward(layer: Layer, shards, block_size, inputs: Inputs, selection, out: 
 
     @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(3,))
     def step(x_transposed, grads, start, size):
-        w, values, block_selection, at_label = _block(layer, shards, inputs, selection, start, size)
-        (z, t), options_vjp = prepared_vjp(values, block_selection)
+        w, values, at_label = _block(layer, shards, inputs, selection, start, size)
+        (z, t), options_vjp = prepared_vjp(values, selection)
         (dvalues,) = options_vjp(_rule.gradient(z, at_label, t, row, g))
         dz = dvalues.logits
 
