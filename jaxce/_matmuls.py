@@ -187,7 +187,4 @@ def over_classes(step: Callable[..., Any], carry: Any, classes: int, max_classes
     indices = jnp.arange(whole, dtype=jnp.int32)
     carry, _ = lax.scan(lambda carry, i: (step(carry, i * size, size), None), carry, indices)
     rest = classes - whole * size
-    # The barrier hides the constant start: after the double transposition of `_autodiff`, XLA would turn an update at a
-    # known index into a sum of two padded arrays of w's size.
-    last = 128 * lax.optimization_barrier(jnp.int32(whole * size // 128))
-    return step(carry, last, rest) if rest else carry
+    return step(carry, whole * size, rest) if rest else carry
