@@ -13,7 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from . import _checks
-from ._elementary import soft_capped
+from ._elementary import product, soft_capped
 from ._labels import label_weight
 from ._rule import Row
 from ._sharding import ClassShards, varying_as
@@ -109,7 +109,7 @@ def prepared(values: Values, selection: Selection) -> tuple[Array, Array | None]
     t = t if mask is None else jnp.where(mask, t, 0)
     t = t if values.target_scale is None else values.target_scale * t + values.target_floor
     if values.class_weights is not None:  # an infinite weight of a class without target counts for nothing
-        t = jnp.where((t == 0) & jnp.isinf(values.class_weights), 0, values.class_weights) * t
+        t = product(t, values.class_weights)
     t = t if mask is None else jnp.where(mask, t, 0)
     return z, t
 
@@ -135,19 +135,14 @@ def combined(row: Row, options: Options, selection: Selection, shards: ClassShar
         loss = row.loss
         if options.class_weights is not None:
             weight = label_weight(selection.labels, options.class_weights, selection.row_mask, shards)
-            loss = _times(weight, loss)
+            loss = product(weight, loss)
         if smoothing is not None:
             share = smoothing / jnp.asarray(selection.class_count(shards), smoothing.dtype)
             share = share if share.ndim == 0 else share[..., 0]
-            loss = _times(1 - smoothing, loss) + _times(share, row.target_loss)
+            loss = product(1 - smoothing, loss) + product(share, row.target_loss)
     if options.z_loss is not None:
         loss = loss + options.z_loss * (row.shift + row.log_sum) ** 2
     return loss if selection.row_mask is None else jnp.where(selection.row_mask, loss, 0)
-
-
-def _times(weight: Array, loss: Array) -> Array:
-    """weight·loss. A weight of 0 at a logit of −inf: 0·inf is 0 here, as in 0·log 0."""
-    return weight * jnp.where((weight == 0) & jnp.isposinf(loss), 0, loss)
 
 
 def with_uniform_targets(values: Values, options: Options, ndim: int, dtype: Any) -> Values:

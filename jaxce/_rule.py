@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ._elementary import exp, expm1, log1p
+from ._elementary import exp, expm1, log1p, product
 
 
 class Sums(NamedTuple):
@@ -57,15 +57,19 @@ class Row(NamedTuple):
 def sums(z: Array, m: Array, at_label: Array | None, logit: Array | None, t=None, ids=None) -> Sums:
     """The `Sums` of logits z [..., K], about the shift m [...]."""
     shift = _finite(m[..., None])
-    largest, e, below = z == shift, exp(z - shift), shift - z
-    at_c = largest if at_label is None else at_label
-    rest = jnp.where(at_c, 0, e).sum(-1)
-    s = Sums(m, rest if at_label is not None else rest + (largest.sum(-1, dtype=z.dtype) - 1), logit)
-    if t is not None:  # 0·log 0 = 0; exactly 0 at the maximum, where LLVM may fuse a product z into the difference
-        s = s._replace(mass=jnp.broadcast_to(t.sum(-1), m.shape), distance=_product(t, below, largest).sum(-1))
+    largest = z == shift
+    e = jnp.where(largest if at_label is None else at_label, 0, exp(z - shift))
+    rest = e.sum(-1) if at_label is not None else e.sum(-1) + (largest.sum(-1, dtype=z.dtype) - 1)
+
+    def below(weight):  # Σ weight·(m − z). At the largest the difference is 0, but LLVM may fuse a product z into it.
+        return jnp.where(largest, 0, product(weight, shift - z)).sum(-1)
+
+    s = Sums(m, rest, logit)
+    if t is not None:
+        s = s._replace(mass=jnp.broadcast_to(t.sum(-1), m.shape), distance=below(t))
     if ids is not None:
         first = jnp.where(largest, ids, jnp.iinfo(ids.dtype).max).min(-1)
-        s = s._replace(moment=_product(e, below, largest | at_c).sum(-1), first=first)
+        s = s._replace(moment=below(e), first=first)
     return s
 
 
@@ -76,9 +80,9 @@ def about(s: Sums, m: Array) -> Sums:
     total = s.rest + 1 if s.logit is None else s.rest
     s = s._replace(shift=m, rest=scale * total)
     if s.mass is not None:
-        s = s._replace(distance=s.distance + s.mass * jnp.where(s.mass == 0, 0, d))
-    if s.moment is not None:  # scale·d first: d may be 3e38, or infinite where scale is 0
-        s = s._replace(moment=scale * s.moment + (scale * jnp.where(jnp.isinf(d), 0, d)) * total)
+        s = s._replace(distance=s.distance + product(s.mass, d))
+    if s.moment is not None:  # scale·d first, as d may be 3e38
+        s = s._replace(moment=scale * s.moment + product(scale, d) * total)
     return s
 
 
@@ -99,8 +103,7 @@ def row_of(s: Sums) -> Row:
     if s.mass is not None:
         row = row._replace(mass=s.mass, target_loss=s.mass * log_sum + s.distance)
     if s.moment is not None:
-        moment = s.moment + _product(exp(-gap), gap, gap == 0)
-        row = row._replace(entropy=log_sum + exp(-log_sum) * moment)
+        row = row._replace(entropy=log_sum + exp(-log_sum) * (s.moment + product(exp(-gap), gap)))
     return row
 
 
@@ -133,9 +136,3 @@ def gradient(z: Array, at_c: Array, t: Array | None, row: Row, g: Row) -> tuple[
 
 def _finite(m: Array) -> Array:
     return jnp.where(jnp.isneginf(m), 0, m)  # where all logits are −inf, −inf − −inf would be NaN
-
-
-def _product(a: Array, b: Array, zero: Array) -> Array:
-    """a·b, and 0 where `zero` or a is 0 (0·inf, even if it is not selected, alarms jax_debug_nans)."""
-    zero = zero | (a == 0)
-    return jnp.where(zero, 0, a * jnp.where(zero, 0, b))
