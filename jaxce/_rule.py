@@ -7,19 +7,17 @@ For one row with logits z, o = softmax(z), targets t of mass a = Σ_j t_j, a lab
     log-normalizer  lse                                         ∂/∂z = o
     entropy         −Σ_j o_j log o_j = H                        ∂/∂z = −o·(log o + H)
 
-since ∂o_j/∂z_i = o_j·(δ_ij − o_i), so ∂(target loss)/∂z_i = Σ_{j≠i} t_j o_i − t_i (1 − o_i) = a·o_i − t_i.
+All follow from log o_j = z_j − lse and ∂lse/∂z_i = exp z_i / Σ_k exp z_k = o_i.
 
-lse = m + L is kept as two numbers, the shift m = max z and L = log Σ_j exp(z_j − m): rounded to one, beside logits of
-1e4, it would cost o all its digits. The sum contains a 1, beside which small terms are lost. So one class c is left
-out, the label or else the largest:
+lse is kept as two numbers, the shift m = max z and L = log Σ_j exp(z_j − m): their sum, rounded at 1e4, would leave o
+three digits. L's sum contains a 1, beside which small terms are lost. So one class c, the label or else the largest, is
+left out (if c is not the largest, the 1 stays, and expm1 only corrects it):
 
     L = log1p(Σ_{j≠c} exp(z_j − m) + expm1(z_c − m))        −log o_c = (m − z_c) + L        o_c − 1 = expm1(log o_c)
 
-A row is sure when −log o_c < 1/2: c is the largest, and m = z_c. Mathematics fixes only the sum of the derivatives of m
-and L, which is o. In a sure row we take ∂m = onehot(c) and ∂L = o − onehot(c): ∂L is then as small as L, and second
-derivatives stay accurate. In other rows m counts as a constant: ∂m = 0 and ∂L = o.
-
-`Sums` is what some classes contribute, and `joined` adds two parts up: single classes, blocks of classes, or shards.
+A row is sure when −log o_c < 1/2. Then o_c > 0.6, so c is the largest, and m = z_c. Only ∂m + ∂L = o is determined.
+In a sure row we split it as ∂m = onehot(c) and ∂L = o − onehot(c): as small as L, so that second derivatives stay
+accurate. In other rows m counts as a constant: ∂m = 0 and ∂L = o.
 """
 
 from typing import Any, NamedTuple
@@ -34,7 +32,7 @@ from ._elementary import exp, expm1, log1p, product
 class Sums(NamedTuple):
     """What some classes contribute. c is the label; without one (`logit` is None), the largest of these classes."""
 
-    shift: Any  # m: the largest z_j, or for a label any shift
+    shift: Any  # m: the largest z_j, or for a label any shift, such as z_c
     rest: Any  # Σ_{j≠c} exp(z_j − m)
     logit: Any  # z_c, or 0 where it is not among them
     mass: Any = None  # Σ_j t_j
@@ -56,28 +54,26 @@ class Row(NamedTuple):
 
 def sums(z: Array, m: Array, at_label: Array | None, logit: Array | None, t=None, ids=None) -> Sums:
     """The `Sums` of logits z [..., K], about the shift m [...]."""
-    shift = _finite(m[..., None])
+    shift = jnp.maximum(m[..., None], jnp.finfo(z.dtype).min)  # −inf − −inf would be NaN
     largest = z == shift
     e = jnp.where(largest if at_label is None else at_label, 0, exp(z - shift))
-    rest = e.sum(-1) if at_label is not None else e.sum(-1) + (largest.sum(-1, dtype=z.dtype) - 1)
+    equals = 0 if at_label is not None else largest.sum(-1, dtype=z.dtype) - 1  # of c, each as large as it
 
-    def below(weight):  # Σ weight·(m − z). At the largest the difference is 0, but LLVM may fuse a product z into it.
+    def below(weight):  # Σ weight·(m − z). If z is a product, an FMA may make m − z nonzero at the largest.
         return jnp.where(largest, 0, product(weight, shift - z)).sum(-1)
 
-    s = Sums(m, rest, logit)
+    s = Sums(m, e.sum(-1) + equals, logit)
     if t is not None:
         s = s._replace(mass=jnp.broadcast_to(t.sum(-1), m.shape), distance=below(t))
     if ids is not None:
-        first = jnp.where(largest, ids, jnp.iinfo(ids.dtype).max).min(-1)
-        s = s._replace(moment=below(e), first=first)
+        s = s._replace(moment=below(e), first=jnp.where(largest, ids, jnp.iinfo(ids.dtype).max).min(-1))
     return s
 
 
 def about(s: Sums, m: Array) -> Sums:
     """`s`, about a larger shift m. The largest class, if it was left out, is then counted in `rest`."""
     d = jnp.where(jnp.isneginf(s.shift), jnp.inf, m - s.shift)
-    scale = exp(-d)
-    total = s.rest + 1 if s.logit is None else s.rest
+    scale, total = exp(-d), s.rest + 1 if s.logit is None else s.rest
     s = s._replace(shift=m, rest=scale * total)
     if s.mass is not None:
         s = s._replace(distance=s.distance + product(s.mass, d))
@@ -87,12 +83,12 @@ def about(s: Sums, m: Array) -> Sums:
 
 
 def joined(a: Sums, b: Sums) -> Sums:
-    """The `Sums` of two parts of a row together, at one exponential."""
-    swap = a.shift < b.shift
+    """The `Sums` of two parts of a row together (classes, blocks or shards), at one exponential."""
+    swap, tie = a.shift < b.shift, a.shift == b.shift
     big, small = (jax.tree.map(lambda u, v: jnp.where(swap, v, u), *ab) for ab in ((a, b), (b, a)))
-    first = None if a.first is None else jnp.where(a.shift == b.shift, jnp.minimum(a.first, b.first), big.first)
-    both = jax.tree.map(jnp.add, big._replace(first=None), about(small, big.shift)._replace(first=None))
-    return both._replace(shift=jnp.maximum(a.shift, b.shift), first=first)
+    both = jax.tree.map(jnp.add, big, about(small, big.shift))
+    first = None if a.first is None else jnp.where(tie, jnp.minimum(a.first, b.first), big.first)
+    return both._replace(shift=big.shift, first=first)
 
 
 def row_of(s: Sums) -> Row:
@@ -108,14 +104,14 @@ def row_of(s: Sums) -> Row:
 
 
 def gradient(z: Array, at_c: Array, t: Array | None, row: Row, g: Row) -> tuple[Array, Array | None]:
-    """∂/∂z = A·o − g_loss·onehot(c) − g_t·t, A = g_loss + g_lse + g_t·a, and ∂/∂t, for any of a row's classes [..., K].
+    """∂/∂z = A·o − g.loss·onehot(c) − g.target_loss·t, A = g.log_sum + g.loss + g.target_loss·a, and ∂/∂t.
 
-    `row` and its cotangents `g` are [..., 1]; only `row.loss` may be [..., K], of which the entry at c counts. `at_c`
-    marks the label, or without one the largest class of a sure row.
+    z, t and `at_c` are any of a row's classes [..., K], `row` and its cotangents `g` are [..., 1]; `row.loss` may be
+    [..., K], of which the entry at c counts. `at_c` marks the label, or without one the largest class of a sure row.
     """
     loss = row.log_sum if row.loss is None else row.loss  # −log o_c
     sure, o_c, q = loss < 0.5, exp(-loss), expm1(-loss)  # q = o_c − 1
-    # At c each cotangent gets its own term, in which nothing cancels. Their factors summed first would cancel.
+    # At c each cotangent gets its own term, in which nothing cancels. A·o_c minus the others would cancel.
     slope, own = g.log_sum, g.shift * jnp.where(sure, 1, 0) + g.log_sum * jnp.where(sure, q, o_c)
     at_others, dt = 0, None
     if row.loss is not None:
@@ -124,15 +120,10 @@ def gradient(z: Array, at_c: Array, t: Array | None, row: Row, g: Row) -> tuple[
         slope, at_others = slope + g.target_loss * row.mass, -g.target_loss * t
         own = own + g.target_loss * jnp.where(sure, row.mass * q + (row.mass - t), row.mass * o_c - t)
         dt = g.mass + g.target_loss * jnp.where((t == 0) & jnp.isneginf(z), 0, (row.shift - z) + row.log_sum)  # −log o
-    e = jnp.where(at_c, 0, exp(z - _finite(row.shift)))
+    e = jnp.where(at_c, 0, exp(z - jnp.maximum(row.shift, jnp.finfo(z.dtype).min)))  # as in `sums`, to XLA the same
     # Added, not selected: after `_autodiff` transposed it twice, a select between sums would be two passes.
     dz = slope * exp(-row.log_sum) * e + jnp.where(at_c, own, at_others)
     if row.entropy is not None:
         log_o = (z - row.shift) - row.log_sum
-        o = exp(log_o)
-        dz = dz - g.entropy * o * (jnp.where(o == 0, 0, log_o) + row.entropy)
+        dz = dz - g.entropy * product(exp(log_o), log_o + row.entropy)
     return dz, dt
-
-
-def _finite(m: Array) -> Array:
-    return jnp.where(jnp.isneginf(m), 0, m)  # where all logits are −inf, −inf − −inf would be NaN
