@@ -88,7 +88,8 @@ def joined(a: Sums, b: Sums) -> Sums:
     big, small = (jax.tree.map(lambda u, v: jnp.where(swap, v, u), *ab) for ab in ((a, b), (b, a)))
     both = jax.tree.map(jnp.add, big, about(small, big.shift))
     first = None if a.first is None else jnp.where(tie, jnp.minimum(a.first, b.first), big.first)
-    return both._replace(shift=big.shift, first=first)
+    logit = None if a.logit is None else a.logit + b.logit  # without the selects
+    return both._replace(shift=big.shift, logit=logit, first=first)
 
 
 def row_of(s: Sums) -> Row:

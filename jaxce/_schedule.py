@@ -49,40 +49,31 @@ def by_platform(on_cpu: Callable[..., Any], on_accelerators: Callable[..., Any],
 
 def _on_accelerators(shards: ClassShards, with_entropy: bool, values: Values, selection: Selection) -> Sums:
     z, t = prepared(values, selection)
-    ids = class_ids_like(z, shards) if with_entropy else None
-    if selection.labels is None:
+    labels, ids = selection.labels, class_ids_like(z, shards) if with_entropy else None
+    if labels is None:
         return one_pass(z, None, t, ids)
-    at_label = is_label(selection.labels, z, shards)
-    if reads_label_in_place(values.logits):
-        s = one_pass(z, at_label, t, ids)
-        return s._replace(logit=_nan_if_invalid(s.logit, selection.labels))
-    s = one_pass(z, at_label, t, ids, with_logit=False)
-    logit = _gathered_logit(values, selection, shards)
-    return s._replace(logit=rounded_alike(logit, s.shift, values.logit_cap))
+    in_place = reads_label_in_place(values.logits)
+    s = one_pass(z, is_label(labels, z, shards), t, ids, in_place)
+    if in_place:
+        return s._replace(logit=_nan_if_invalid(s.logit, labels))
+    return s._replace(logit=rounded_alike(_gathered_logit(values, selection, shards), s.shift, values.logit_cap))
 
 
-def one_pass(z: Array, at_label: Array | None, t: Array | None, ids: Array | None, with_logit: bool = True) -> Sums:
+def one_pass(z: Array, at_label: Array | None, t: Array | None, ids: Array | None, in_place: bool = True) -> Sums:
     """The `Sums` of logits z [..., K], with those for the entropy and the arg max if the classes' `ids` are given.
 
     Symptom: a maximum, sums, a mean target and an entropy are 2 to 4 passes over the logits on GPUs and TPUs. XLA for
     GPUs also writes capped logits to memory, in float32, where two operands of a reduce need them.
-    Remedy: one variadic reduce joins single classes. It does without the label's logit where that may be gathered.
+    Remedy: one variadic reduce joins single classes. The label's logit is 0 in it, unless it is to be read `in_place`.
     Test: test_a_loss_of_logits_reads_them_twice_and_writes_its_gradient.
     """
     t, ids = (None if a is None else jnp.broadcast_to(a, z.shape) for a in (t, ids))
     last = None if ids is None else jnp.array(jnp.iinfo(ids.dtype).max, ids.dtype)
     no_label, no_target = (None if a is None else jnp.zeros((), a.dtype) for a in (at_label, t))
     each, nothing = single(z, at_label, t, ids), single(jnp.full((), -jnp.inf, z.dtype), no_label, no_target, last)
-    if with_logit or at_label is None:
-        return lax.reduce(each, nothing, joined, (z.ndim - 1,))
-
-    def without_logit(s):
-        return s._replace(logit=None)
-
-    def join(a, b):
-        return without_logit(joined(*(s._replace(logit=jnp.zeros((), z.dtype)) for s in (a, b))))
-
-    return lax.reduce(without_logit(each), without_logit(nothing), join, (z.ndim - 1,))
+    if at_label is not None and not in_place:
+        each = each._replace(logit=jnp.zeros_like(z))
+    return lax.reduce(each, nothing, joined, (z.ndim - 1,))
 
 
 def single(z: Array, at_label: Array | None, t: Array | None, ids: Array | None) -> Sums:
