@@ -18,9 +18,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from ._sharding import varying_as
 
@@ -65,7 +64,7 @@ def with_backward(forward: Callable, backward: Callable) -> Callable[[Any], Any]
             return jax.tree.leaves(backward(*residuals, g, perturbed))
 
         tangent = transposed(pullback, (inputs, out), _nonzero(tangents[0]), out)
-        return (out, aux), (tangent, _zero_tangents(aux))
+        return (out, aux), (tangent, jax.tree.map(zero_from_primal, aux))
 
     rule.defjvp(jvp, symbolic_zeros=True)
     return rule
@@ -147,7 +146,7 @@ def with_gradients(losses_of: Callable, gradients_of: Callable) -> Callable[[Any
         for gradient, direction in zip(gradients, _nonzero(tangents), strict=True):
             product = jnp.sum(gradient.astype(out.dtype) * direction.astype(out.dtype))
             tangent = tangent + _summed_like(product, out)
-        return (out, aux), (tangent, _zero_tangents(aux))
+        return (out, aux), (tangent, jax.tree.map(zero_from_primal, aux))
 
     total.defjvp(jvp, symbolic_zeros=True)
     return total
@@ -171,7 +170,7 @@ def _opaque(f):
             return jax.jvp(f_of_perturbed, (values,), (tangents,), has_aux=True)
 
         out, tangent, aux = _saving_arguments(along)(args, _nonzero(tangents))
-        return (out, aux), (tangent, _zero_tangents(aux))
+        return (out, aux), (tangent, jax.tree.map(zero_from_primal, aux))
 
     opaque.defjvp(jvp, symbolic_zeros=True)
     return opaque
@@ -226,11 +225,3 @@ def _perturbed(tangents):
 def _nonzero(tangents) -> list[Array]:
     leaves = jax.tree.leaves(tangents, is_leaf=lambda t: isinstance(t, SymbolicZero))
     return [tangent for tangent in leaves if not _is_zero(tangent)]
-
-
-def _zero_tangents(aux):
-    def zero(a):
-        floating = jnp.issubdtype(a.dtype, jnp.inexact)
-        return jnp.zeros_like(a) if floating else np.zeros(a.shape, jax.dtypes.float0)
-
-    return jax.tree.map(zero, aux)

@@ -13,7 +13,8 @@ from jax import Array, lax
 exp = functools.partial(lax.exp, accuracy=lax.AccuracyMode.HIGHEST)
 expm1 = functools.partial(lax.expm1, accuracy=lax.AccuracyMode.HIGHEST)
 log1p = functools.partial(lax.log1p, accuracy=lax.AccuracyMode.HIGHEST)
-tanh = functools.partial(lax.tanh, accuracy=lax.AccuracyMode.HIGHEST)
+_tanh = jax.custom_jvp(functools.partial(lax.tanh, accuracy=lax.AccuracyMode.HIGHEST))
+_tanh.defjvps(lambda tangent, _, u: tangent / _cosh(u) ** 2)  # for second derivatives with a cap
 
 
 def product(a: Array, b: Array) -> Array:
@@ -38,17 +39,6 @@ def _soft_capped_jvp(primals, tangents):
     u = jnp.clip(z / cap, -40, 40)  # keeps the derivatives of cosh finite; beyond 40 the slope is below 1e-33
     slope = jnp.where(jnp.isinf(z), 0, 1 / _cosh(u) ** 2)
     return soft_capped(z, cap), slope * z_tangent + (_tanh(u) - u * slope) * cap_tangent
-
-
-@jax.custom_jvp
-def _tanh(u: Array) -> Array:
-    return tanh(u)
-
-
-@_tanh.defjvp
-def _tanh_jvp(primals, tangents):
-    (u,), (tangent,) = primals, tangents
-    return _tanh(u), tangent / _cosh(u) ** 2
 
 
 def _cosh(u: Array) -> Array:

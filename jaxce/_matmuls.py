@@ -118,8 +118,9 @@ class Layer(NamedTuple):
         """Of an array with all classes along `axis`, those of the block: `size` of each part, from `start`."""
         if self.parts == 1:
             return lax.dynamic_slice_in_dim(a, start, size, axis)
-        block = lax.dynamic_slice_in_dim(self._by_parts(a, axis), start, size, axis % a.ndim + 1)
-        return block.reshape(*a.shape[: axis % a.ndim], self.parts * size, *a.shape[axis % a.ndim + 1 :])
+        axis = axis % a.ndim
+        block = lax.dynamic_slice_in_dim(self._by_parts(a, axis), start, size, axis + 1)
+        return block.reshape(*a.shape[:axis], self.parts * size, *a.shape[axis + 1 :])
 
     def take_w(self, w: Array, start, size: int) -> Array:
         """A block of w. XLA for TPUs would hoist its cast to bfloat16, and make a copy of all of w.
@@ -141,7 +142,6 @@ class Layer(NamedTuple):
         return lax.dynamic_update_slice_in_dim(self._by_parts(total, axis), block, start, axis + 1).reshape(total.shape)
 
     def _by_parts(self, a: Array, axis: int) -> Array:
-        axis = axis % a.ndim
         return a.reshape(*a.shape[:axis], self.parts, -1, *a.shape[axis + 1 :])
 
     def _dot(self, a: Array, a_axes: Sequence[int], b: Array, b_axes: Sequence[int], apart: int = 0) -> Array:

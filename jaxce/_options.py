@@ -1,4 +1,4 @@
-"""Options and masks: those that touch every logit, applied to logits, and the others, combined with a row's numbers.
+"""Options and masks. Some change logits or targets (`prepared`); others combine a row's finished numbers (`combined`).
 
 Each is a choice of targets t or ordinary JAX around the rule, so that it is written once, for logits and for heads.
 """
@@ -29,7 +29,7 @@ class Values(NamedTuple):
     targets: Any = None  # broadcast against the logits
     target_scale: Any = None  # []
     target_floor: Any = None  # [..., 1]
-    class_weights: Any = None  # [1, ..., 1, K]
+    class_weights: Any = None  # [1, ..., 1, K]. That of an integer label is for `combined`
     logit_cap: Any = None  # []
 
 
@@ -110,8 +110,7 @@ def prepared(values: Values, selection: Selection) -> tuple[Array, Array | None]
     t = t if values.target_scale is None else values.target_scale * t + values.target_floor
     if values.class_weights is not None:  # an infinite weight of a class without target counts for nothing
         t = product(t, values.class_weights)
-    t = t if mask is None else jnp.where(mask, t, 0)
-    return z, t
+    return z, t if mask is None else jnp.where(mask, t, 0)  # again, as the floor is for every class
 
 
 def prepared_vjp(values: Values, selection: Selection) -> tuple[tuple[Array, Array | None], Callable]:

@@ -151,10 +151,7 @@ def sweep(layer: Layer, plans: dict, inputs: Inputs, g: Any = None, perturbed: A
     arrays that the loss closes over.
     """
 
-    def on_platform(layer, inputs, g):
-        return _sweep(layer, plans[layer.platform], perturbed, inputs, g)
-
-    return layer.by_platform(on_platform, inputs, g)
+    return layer.by_platform(lambda layer, *args: _sweep(layer, plans[layer.platform], perturbed, *args), inputs, g)
 
 
 def _sweep(layer: Layer, plan: tuple[RowBlocks, Callable], perturbed: Any, inputs: Inputs, g: Any):
@@ -200,9 +197,8 @@ def _zero_totals(layer: Layer, inputs: Inputs, g, perturbed: Inputs, apart: list
     """Where dw, dbias and the gradients of what the loss closes over are added up."""
 
     def zeros(a, moves):
-        return (
-            varying_as(jnp.zeros((*apart, *a.shape), layer.sum_dtype), g, *jax.tree.leaves(inputs)) if moves else None
-        )
+        total = jnp.zeros((*apart, *a.shape), layer.sum_dtype) if moves else None
+        return None if total is None else varying_as(total, g, *jax.tree.leaves(inputs))
 
     _, consts = inputs.others
     dconsts = jax.tree.map(lambda c, moves: jnp.zeros_like(c) if moves else None, consts, perturbed.others[1])

@@ -27,20 +27,18 @@ BLOCK = 4 * 2**20  # bytes of float32 logits in a block: within the caches, and 
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))  # or each eager call would compile its branches anew
-def class_sums(
-    shards: ClassShards, with_entropy: bool, differentiated: bool, values: Values, selection: Selection
-) -> Sums:
-    """The `Sums` of this shard's classes for each row. `differentiated`: the gradient is computed too."""
+def class_sums(shards: ClassShards, with_entropy, differentiated, values: Values, selection: Selection) -> Sums:
+    """The `Sums` of this shard's classes for each row. `differentiated`: their gradient will follow."""
     on_cpu = functools.partial(_on_cpu, shards, with_entropy, differentiated)
     on_accelerators = functools.partial(_on_accelerators, shards, with_entropy)
-    return by_platform(on_cpu, on_accelerators, values, selection)
+    return selected_by_platform(on_cpu, on_accelerators, values, selection)
 
 
-def by_platform(on_cpu: Callable[..., Any], on_accelerators: Callable[..., Any], *args: Any) -> Any:
+def selected_by_platform(on_cpu: Callable, on_accelerators: Callable, *args: Any) -> Any:
     """The result of one of the two, by the device that the program is compiled for, ahead of time too.
 
-    Symptom: `lax.platform_dependent` is a cond, and vmap moves its operands' batch axis to the front, by a copy.
-    Remedy: both are traced, a constant selects, and XLA drops the other.
+    Symptom: `lax.platform_dependent` is a cond, and vmap copies its operands to move their batch axis to the front.
+    Remedy: both are traced, a constant for the platform selects one, and XLA drops the other.
     Test: test_vmap_needs_at_most_one_array_to_move_its_axes.
     """
     cpu = lax.platform_dependent(cpu=lambda: jnp.array(True), default=lambda: jnp.array(False))
@@ -90,9 +88,7 @@ def sums_of_block(on_cpu: bool, z: Array, at_label: Array, t: Array | None, ids:
     return sums(z, z.max(-1), at_label, jnp.where(at_label, z, 0).sum(-1), t, ids)
 
 
-def _on_cpu(
-    shards: ClassShards, with_entropy: bool, differentiated: bool, values: Values, selection: Selection
-) -> Sums:
+def _on_cpu(shards: ClassShards, with_entropy, differentiated, values: Values, selection: Selection) -> Sums:
     separate = functools.partial(_separate_passes, shards, with_entropy)
     label_alone = selection.labels is not None and values.targets is None and not with_entropy
     if differentiated and label_alone and keeps_exponentials(values, selection):
@@ -108,7 +104,7 @@ def _separate_passes(shards: ClassShards, with_entropy: bool, arguments: tuple[V
     m, logit, at_label = z.max(-1), None, None
     if selection.labels is not None:
         values, logit = label_logit(values, selection, m, shards)
-        z, t = prepared(values, selection)
+        z, t = prepared(values, selection)  # again, as the logits are now behind a barrier
         at_label = is_label(selection.labels, z, shards)
     return sums(z, m, at_label, logit, t, class_ids_like(z, shards) if with_entropy else None)
 
@@ -205,7 +201,7 @@ def reads_label_in_place(logits: Array) -> bool:
 
 
 def class_ids_like(z: Array, shards: ClassShards) -> Array:
-    """The class of each logit. Compared inside the pass that uses it, an iota is free; a scatter would not be."""
+    """The class of each logit. A comparison with an iota is part of the pass that uses it; a one-hot scatter is not."""
     return shards.first() + lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1)
 
 
@@ -252,7 +248,7 @@ def _in_row_blocks(f, first, lead: tuple[int, ...], size: int, args):
     def part(a, i):
         if a.shape[: len(lead)] != lead:
             return a.reshape(1, *a.shape[len(lead) :]) if a.ndim else a
-        # The last block begins earlier (a slice is moved to be inside the array) and repeats some rows.
+        # `dynamic_slice` moves the last block to be inside the array: it repeats some rows, which `join` drops.
         return lax.dynamic_slice_in_dim(a.reshape(rows, *a.shape[len(lead) :]), i * size, size)
 
     def block(i):
@@ -273,5 +269,9 @@ def _second_look(f, first, block, i, blocks):
     Test: test_a_maximum_is_taken_at_a_second_look_only; for the index, test_large_logits_leave_no_temporary, gradient.
     """
     numbers, good = first(block(i))
-    start = numbers, jnp.where(good.all(), blocks, i)
-    return lax.while_loop(lambda s: s[1] < blocks, lambda s: (f(block(s[1])), s[1] + blocks), start)[0]
+
+    def again(state):
+        _, i = state
+        return f(block(i)), i + blocks
+
+    return lax.while_loop(lambda state: state[1] < blocks, again, (numbers, jnp.where(good.all(), blocks, i)))[0]

@@ -1,9 +1,9 @@
 """What the losses must know of sharded arrays: how classes are split, and how blocks keep their work with their data.
 
 A trace cannot see how plain jit splits an axis. But if it is split evenly, the number of shards divides both the axis
-and the devices, hence their gcd. So an axis is viewed as [gcd, rest]: then `rest` is local, whatever the sharding.
-Blocks that take an equal share of every part move no data. On an Explicit mesh the types tell the number of shards.
-Without a mesh, and inside `jax.shard_map`, there is one part.
+and the devices, hence their gcd. So an axis is viewed as [gcd, rest], 12 classes on 8 devices as 4 parts of 3: then
+`rest` is local, whatever the sharding. Blocks that take an equal share of every part move no data. On an Explicit mesh
+the types tell the number of shards. Without a mesh, and inside `jax.shard_map`, there is one part.
 """
 
 import math

@@ -14,9 +14,7 @@ from ._rule import Row
 from ._sharding import ClassShards, in_auto
 
 
-def row_statistics(
-    values: Values, selection: Selection, shards: ClassShards, with_entropy: bool = False
-) -> tuple[Row, Any]:
+def row_statistics(values: Values, selection: Selection, shards: ClassShards, with_entropy=False) -> tuple[Row, Any]:
     """The numbers of each row [...], differentiable in every mode with respect to `values`.
 
     In float32, or float64 for float64 logits. With entropy, also 1.0 where the label is the first of the largest
@@ -37,7 +35,7 @@ def _rule_of(shards: ClassShards, with_entropy: bool, differentiated: bool = Fal
         return row, correct
 
     def forward(values, selection):
-        # Residuals come from the rule, not from its body, so that their own derivative is the rule's too.
+        # The rule is called again, so that derivatives of residuals (second order) are the rule's, not its body's.
         out = _rule_of(shards, with_entropy, True)(values, selection)
         return out, (values, selection, out[0]._replace(loss=None, target_loss=None))
 
@@ -50,7 +48,7 @@ def _rule_of(shards: ClassShards, with_entropy: bool, differentiated: bool = Fal
 
 @functools.partial(jax.jit, static_argnums=0)
 def _backward(shards: ClassShards, values: Values, selection: Selection, row: Row, g: Row) -> Values:
-    """The gradient `o − y` of the logits that the rule sees, then back through the options. `row` has no loss yet."""
+    """`o − y` of the logits that the rule sees, then back through the options. `row` comes without the label's loss."""
     labels, in_place, logit = selection.labels, _schedule.reads_label_in_place(values.logits), None
     values = _schedule.rounded_once(values)
     if labels is not None and not in_place:
@@ -68,6 +66,6 @@ def _backward(shards: ClassShards, values: Values, selection: Selection, row: Ro
 
 
 def _label_loss(m: Array, log_sum: Array, logit: Array) -> Array:
-    """−log o_c again, differentiable. In a sure row m is z_c, but autodiff of m − z_c would be 1 − 1, rounded."""
+    """−log o_c, differentiable. In a sure row m is z_c, but autodiff of m − z_c would be 1 − 1, rounded."""
     gap = m - logit
     return jnp.where(gap + log_sum < 0.5, 0, gap) + log_sum

@@ -15,6 +15,7 @@ True
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,28 +62,11 @@ def softmax_cross_entropy(
 
 
 def softmax_cross_entropy_with_integer_labels(
-    logits: Array,
-    labels: Array,
-    axis: int = -1,
-    where: Array | None = None,
-    *,
-    label_smoothing: float = 0.0,
-    class_weights: Array | None = None,
-    logit_cap: float | None = None,
-    z_loss: float = 0.0,
+    logits: Array, labels: Array, axis: int = -1, where: Array | None = None, **options: Any
 ) -> Array:
-    """E = −log o_y, which is `softmax_cross_entropy` of one-hot labels. A label outside [0, K) has an all-zero row."""
+    """E = −log o_y: `softmax_cross_entropy` of one-hot labels, with its options. A label not in [0, K) has no class."""
     one_hot = jax.nn.one_hot(labels, logits.shape[axis], dtype=logits.dtype, axis=axis)
-    return softmax_cross_entropy(
-        logits,
-        one_hot,
-        axis,
-        where,
-        label_smoothing=label_smoothing,
-        class_weights=class_weights,
-        logit_cap=logit_cap,
-        z_loss=z_loss,
-    )
+    return softmax_cross_entropy(logits, one_hot, axis, where, **options)
 
 
 def linear_cross_entropy(x: Array, w: Array, labels: Array, bias: Array | None = None) -> Array:

@@ -14,7 +14,7 @@ from ..helpers import assert_all_close, assert_close, dense_loss, integer_loss, 
 from ..losses import test_accuracy, test_differentiation, test_edges, test_masks, test_options, test_statistics
 
 # The internal names that this file knows: what chooses a program by the platform.
-LOGITS = (_schedule, "by_platform")
+LOGITS = (_schedule, "selected_by_platform")
 HEADS = (_matmuls.Layer, "by_platform")
 
 
