@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
-from ._sharding import varying_as
+from ._sharding import mesh_axes, reduced_as, shared_out, varying_over
 
 
 def with_forward_mode(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,14 +84,16 @@ def transposed(pullback: Callable, residuals: Any, tangents: list[Array], like: 
     So each part gets zeros added, or ones multiplied, that depend on all tangents and residuals (`_zeros_of`).
     Test: test_blocks_of_classes_update_dw_in_place; without `_nothing`, test_cross_entropy_in_every_mode.
     """
-    everything = jax.tree.leaves((residuals, tangents, like))
-    zeros, tangents = jax.tree.map(lambda a: varying_as(a, *everything), (jax.tree.map(jnp.zeros_like, like), tangents))
-    residuals = jax.tree.map(lambda a: varying_as(a, *everything), residuals)
+    axes = mesh_axes(residuals, tangents, like)  # of every part: in `jax.shard_map` JAX makes them all alike
+    zeros, tangents = varying_over(axes, (jax.tree.map(jnp.zeros_like, like), tangents))
     floating = [a for a in jax.tree.leaves(residuals) if jnp.issubdtype(a.dtype, jnp.inexact)]
+
+    def pull(residuals, g):
+        return [shared_out(axes, gradient) for gradient in pullback(residuals, g)]
 
     def push(residuals, t):
         # `jax.linear_transpose` would take what a checkpointed loop computes of residuals for linear too.
-        return jax.vjp(functools.partial(pullback, residuals), zeros)[1](t)[0]
+        return jax.vjp(functools.partial(pull, residuals), zeros)[1](t)[0]
 
     @_saving_arguments
     def matvec(residuals, x):
@@ -106,12 +108,12 @@ def transposed(pullback: Callable, residuals: Any, tangents: list[Array], like: 
 
     def transpose_solve(_, g):
         t, out = g
-        return jax.tree.map(jnp.add, t, pullback(residuals, out)), out
+        return jax.tree.map(jnp.add, t, pull(residuals, out)), out
 
     nothing = _nothing(tangents)
     b = jax.tree.map(lambda a: a + _zeros_of(nothing, a), (tangents, zeros))
     x: Any = lax.custom_linear_solve(functools.partial(matvec, residuals), b, solve, transpose_solve)
-    return jax.tree.map(_summed_like, x[1], like)
+    return jax.tree.map(reduced_as, x[1], like)
 
 
 def _nothing(arrays: list[Array]) -> Array:
@@ -145,7 +147,7 @@ def with_gradients(losses_of: Callable, gradients_of: Callable) -> Callable[[Any
         tangent = jnp.zeros_like(out)
         for gradient, direction in zip(gradients, _nonzero(tangents), strict=True):
             product = jnp.sum(gradient.astype(out.dtype) * direction.astype(out.dtype))
-            tangent = tangent + _summed_like(product, out)
+            tangent = tangent + reduced_as(product, out)
         return (out, aux), (tangent, jax.tree.map(zero_from_primal, aux))
 
     total.defjvp(jvp, symbolic_zeros=True)
@@ -201,16 +203,6 @@ def _saving_arguments(f):
     test_gradient_of_a_jvp_by_rows_saves_no_more_than_its_arguments.
     """
     return jax.checkpoint(f, prevent_cse=False, policy=jax.checkpoint_policies.nothing_saveable)
-
-
-def _summed_like(value: Array, like: Array) -> Array:
-    """In `jax.shard_map`: `value`, summed over the mesh axes along which it varies and `like` does not.
-
-    If `value` is the cotangent of a copy of `like` on each shard, this is the cotangent of `like`. Autodiff of the
-    copying finds the sum.
-    """
-    mixed, copy_vjp = jax.vjp(lambda like: like + jnp.zeros_like(value), like.astype(value.dtype))
-    return copy_vjp(value + jnp.zeros_like(mixed))[0]
 
 
 def _is_zero(tangent) -> bool:

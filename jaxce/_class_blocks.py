@@ -39,6 +39,7 @@ def class_blocked_rows(
     `inputs.others` is `Values` without logits.
     """
     static = shards, block_size
+    inputs = varying_as(inputs, inputs, selection, shards.first())
 
     def forward(arguments):
         return layer.by_platform(lambda layer, *arguments: _forward(layer, *static, *arguments), *arguments), None
@@ -61,7 +62,7 @@ def _block(layer: Layer, shards: ClassShards, inputs: Inputs, selection: Selecti
     z = layer.logits(inputs.x, w, take(inputs.bias))
     ids = jnp.expand_dims(layer.take(shards.ids(), start, size), range(z.ndim - 1))
     values = inputs.others._replace(logits=z, class_weights=take(inputs.others.class_weights))
-    return w, jax.tree.map(lambda a: varying_as(a, z), values), ids == selection.labels[..., None]
+    return w, values, ids == selection.labels[..., None]
 
 
 def _forward(layer: Layer, shards: ClassShards, block_size: int | None, inputs: Inputs, selection: Selection) -> Row:
@@ -74,7 +75,7 @@ def _forward(layer: Layer, shards: ClassShards, block_size: int | None, inputs: 
         z, t = prepared(values, selection)
         return _rule.joined(total, sums_of_block(layer.on_cpu, z, at_label, t, None))
 
-    zeros = varying_as(jnp.zeros(labels.shape, layer.sum_dtype), *jax.tree.leaves((inputs, selection)))
+    zeros = varying_as(jnp.zeros(labels.shape, layer.sum_dtype), inputs)
     t = None if inputs.others.targets is None else zeros
     nothing = single(zeros - jnp.inf, zeros > 0, t, None)
     nothing = nothing._replace(logit=jnp.where(labels == _labels.INVALID, jnp.nan, zeros))
@@ -86,7 +87,7 @@ def _backward(layer: Layer, shards, block_size, inputs: Inputs, selection, out: 
     """The gradients of ⟨g, out⟩ with respect to `inputs`, None where not `perturbed`."""
     inputs = inputs._replace(w=gathered(inputs.w, 1 - layer.class_axis))
     rows = range(selection.labels.ndim)
-    row, g = jax.tree.map(lambda a: a[..., None], (out, g))
+    row, g = jax.tree.map(lambda a: a[..., None], (out, shards.cotangents(g, inputs.x)))
 
     @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(3,))
     def step(x_transposed, grads, start, size):
@@ -109,10 +110,7 @@ def _backward(layer: Layer, shards, block_size, inputs: Inputs, selection, out: 
             Values(*map(added, Values._fields, grads.others, dvalues)),
         )
 
-    def zeros(a, moves):
-        return varying_as(jnp.zeros_like(a), *jax.tree.leaves((inputs, selection, g))) if moves else None
-
-    grads = jax.tree.map(zeros, inputs, perturbed)
+    grads = jax.tree.map(lambda a, moves: jnp.zeros_like(a) if moves else None, inputs, perturbed)
     grads = grads if grads.x is None else grads._replace(x=grads.x.astype(layer.sum_dtype))
 
     step = functools.partial(step, layer.transposed(inputs.x) if perturbed.w else None)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from . import _checks, _labels
@@ -22,8 +22,8 @@ from ._autodiff import with_backward, with_gradients
 from ._class_blocks import class_blocked_rows
 from ._matmuls import Inputs, Layer
 from ._options import Options, Selection, Values, combined, with_uniform_targets
-from ._row_blocks import row_parts, sweep_of
-from ._sharding import ClassShards, in_auto, varying_as
+from ._row_blocks import check_constants, coupled, losses_axes, row_parts, sweep_of
+from ._sharding import ClassShards, in_auto, mesh_axes, reduced_as, varying_as, varying_over
 from ._softmax import row_statistics
 
 Reduction = Literal["mean", "sum", "none"]
@@ -99,14 +99,22 @@ def fused_linear(
 
 def _by_rows(layer: Layer, loss_fn, has_aux: bool, reduction, block_size, parts, x, w, bias, row_args, scale):
     """(each loss times `scale`, or their sum; aux), by blocks of rows."""
-    # In shard_map each shard's own gradients are wanted, of what is the same on all too: they are summed later.
-    x = varying_as(x, *jax.tree.leaves(row_args))
-    row_args = jax.tree.map(lambda a: varying_as(a, x), row_args)
-    sweep, inputs = sweep_of("fused_linear", layer, loss_fn, has_aux, parts, block_size, x, w, bias, row_args)
-    if reduction != "none":
-        return with_gradients(sweep, sweep)(inputs, scale)
-    losses, aux = with_backward(sweep, lambda inputs, _, g, perturbed: sweep(inputs, g, perturbed)[0][1])(inputs)
-    return losses if scale is None else scale * losses, aux
+    x = varying_as(x, scale)
+    sweep, inputs, loss = sweep_of("fused_linear", layer, loss_fn, has_aux, parts, block_size, x, w, bias, row_args)
+    if reduction != "none" and mesh_axes(scale) <= losses_axes(loss) and not coupled(loss):
+
+        def gradients(inputs, g, perturbed):
+            check_constants(loss, inputs, perturbed)
+            return sweep(inputs, g, perturbed)
+
+        return with_gradients(sweep, gradients)(inputs, varying_over(losses_axes(loss), scale))
+
+    def backward(inputs, out, g, perturbed):  # g comes in equal copies where shards share the losses
+        return sweep(inputs, reduced_as(g, out, lax.pmean), perturbed)[0][1]
+
+    losses, aux = with_backward(sweep, backward)(inputs)
+    losses = losses if scale is None else scale * losses
+    return losses if reduction == "none" else jnp.sum(losses), aux
 
 
 def linear_cross_entropy(
@@ -178,6 +186,8 @@ def linear_cross_entropy(
     shards = ClassShards(layer.classes, axis_name)
     options = Options.of(function, layer.sum_dtype, x.ndim, shards, given)
     x, selection = _masked(function, x, labels, ignore_index, shards)
+    if weights is not None and selection.row_mask is not None:
+        weights = jnp.where(selection.row_mask, weights, 0)
     if reduction == "mean" and normalizer is None:
         normalizer = _mean_divisor(layer, options, weights, selection, shards)
     scale = _row_scale(reduction, weights, normalizer, labels.shape, layer)
@@ -190,8 +200,9 @@ def linear_cross_entropy(
 
 def _loss_of(layer: Layer, shards, by_classes, reduction, block_size, parts, x, w, bias, selection, scale, options):
     """Each loss times `scale`, or their sum. The loss is ordinary JAX of the rows' numbers."""
-    # In shard_map varying as the losses do: gradients are then each shard's own, and summed later.
-    options = jax.tree.map(lambda a: varying_as(a, x, selection.labels), options)
+    everything = x, w, bias, selection, scale, options
+    axes = mesh_axes(everything) - mesh_axes(shards.first())
+    x, w, bias, selection, scale, options = varying_over(axes, everything)
 
     def values_of(logits, ndim):
         return with_uniform_targets(Values(logits, logit_cap=options.logit_cap), options, ndim, layer.sum_dtype)

@@ -16,7 +16,7 @@ from . import _checks
 from ._elementary import product, soft_capped
 from ._labels import label_weight
 from ._rule import Row
-from ._sharding import ClassShards, varying_as
+from ._sharding import ClassShards
 
 
 class Values(NamedTuple):
@@ -118,8 +118,7 @@ def prepared_vjp(values: Values, selection: Selection) -> tuple[tuple[Array, Arr
 
     def alike(values):
         z, t = prepared(values, selection)
-        # In shard_map t varies over the same mesh axes as z, since its cotangent does.
-        return z, None if t is None else varying_as(jnp.broadcast_to(t, z.shape), z)
+        return z, None if t is None else jnp.broadcast_to(t, z.shape)
 
     return jax.vjp(alike, values)
 

@@ -19,7 +19,7 @@ from jax import Array, lax
 from . import _checks
 from ._autodiff import of_perturbed
 from ._matmuls import PLATFORMS, Inputs, Layer, scan_blocks
-from ._sharding import gathered, parts_of, varying_as
+from ._sharding import gathered, mesh_axes, parts_of, varying_as, varying_over
 
 
 def max_rows(layer: Layer, features: int) -> int:
@@ -89,17 +89,18 @@ class RowBlocks(NamedTuple):
 
 def sweep_of(
     function: str, layer: Layer, loss_fn, has_aux: bool, parts, block_size: int | None, x, w, bias, rows
-) -> tuple[Callable[..., Any], Inputs]:
-    """`sweep` of this loss, and the inputs to run it on.
+) -> tuple[Callable[..., Any], Inputs, Any]:
+    """`sweep` of this loss, the inputs to run it on, and the jaxpr of the loss of a block.
 
     The loss is made a function of what it closes over too, which the rules of differentiation could not see otherwise.
     (`jax.closure_convert` does so for floating tracers only; a closed-over integer tracer would leak.)
     """
     consts: list[Any] = []
+    traced: list[Any] = []
 
     @functools.cache  # blocks of the same size share one trace of the loss
     def block_loss(blocks: RowBlocks) -> Callable:
-        return _hoisted(function, layer, loss_fn, has_aux, blocks, (x, w, bias, rows), consts)
+        return _hoisted(function, layer, loss_fn, has_aux, blocks, (x, w, bias, rows), consts, traced)
 
     def plan(layer: Layer) -> tuple[RowBlocks, Callable]:
         most = layer.devices * (block_size or max_rows(layer, x.shape[-1]))
@@ -107,10 +108,41 @@ def sweep_of(
         return blocks, block_loss(blocks)
 
     plans = {platform: plan(layer._replace(platform=platform)) for platform in PLATFORMS}
-    return functools.partial(sweep, layer, plans), Inputs(x, w, bias, (rows, list(map(jnp.asarray, consts))))
+    axes = losses_axes(traced[0])
+    if any(axes - mesh_axes(a) for a in jax.tree.leaves((x, rows))):
+        # Each shard's own gradients are wanted, also of what all shards share.
+        x, rows = varying_over(axes, (x, rows))
+        return sweep_of(function, layer, loss_fn, has_aux, parts, block_size, x, w, bias, rows)
+    inputs = Inputs(x, w, bias, (rows, list(map(jnp.asarray, consts))))
+    return functools.partial(sweep, layer, plans), inputs, traced[0]
 
 
-def _hoisted(function, layer: Layer, loss_fn, has_aux: bool, blocks: RowBlocks, arguments, consts: list) -> Callable:
+def losses_axes(closed: Any) -> frozenset[Any]:
+    """`mesh_axes` of the losses that this jaxpr returns first."""
+    return closed.out_avals[0].manual_axis_type.varying
+
+
+def coupled(closed: Any) -> bool:
+    """Whether shards communicate in the loss, and then have losses of their own, or types do not tell that they do not.
+
+    Gradients are then sums over the shards' cotangents, which only the backward pass knows.
+    """
+    names = {effect.name for effect in closed.effects if hasattr(effect, "name")}
+    return any(name not in mesh_axes(lax.axis_index(name)) - losses_axes(closed) for name in names)
+
+
+def check_constants(closed: Any, inputs: Inputs, perturbed: Inputs) -> None:
+    """Here shard_map's autodiff would sum a shared array's gradient over all shards, before it is scaled on each."""
+    for c, moves in zip(inputs.others[1], perturbed.others[1], strict=True):
+        if moves and losses_axes(closed) - mesh_axes(c):
+            got = f"closing over {c.dtype}{list(c.shape)}, which is the same on shards whose losses differ"
+            wanted = "it as a row argument, or varying as they do (jax.lax.pcast), to be differentiated"
+            raise _checks.value_error("fused_linear", "loss_fn", got, wanted)
+
+
+def _hoisted(
+    function, layer: Layer, loss_fn, has_aux: bool, blocks: RowBlocks, arguments, consts: list, traced: list
+) -> Callable:
     """The loss of one block as a function of `consts` too, to which is added what it closes over."""
 
     def block_loss(logits, *rows):
@@ -130,6 +162,7 @@ def _hoisted(function, layer: Layer, loss_fn, has_aux: bool, blocks: RowBlocks, 
     # Not built from shapes and dtypes: inside shard_map and Explicit meshes, types say more than these.
     block = jax.eval_shape(of_one_block, *arguments)
     closed, shapes = jax.make_jaxpr(block_loss, return_shape=True)(*block)
+    traced.append(closed)
     treedef, known = jax.tree.structure(shapes), list(map(id, consts))
     new = [c for c in closed.consts if id(c) not in known]
     consts += new
@@ -165,13 +198,11 @@ def _sweep(layer: Layer, plan: tuple[RowBlocks, Callable], perturbed: Any, input
     if g is None:
         return jax.tree.map(blocks.join, _losses(layer, block_loss, split))
 
-    like = _varying_as_losses(layer, block_loss, split)
-    _check_constants(consts, perturbed.others[1], like)
     # Where parts may be on different devices each has its own sums, which are added up, and so communicated, once.
     apart = [p for i, p in enumerate(parts) if math.prod(parts[: i + 1]) <= layer.devices]
     g = blocks.split(g, repeat=False)
     start = _zero_totals(layer, inputs, g, perturbed, apart)
-    block = functools.partial(_block, layer, block_loss, split, perturbed, like, len(apart))
+    block = functools.partial(_block, layer, block_loss, split, perturbed, len(apart))
     # Where the sweep is itself differentiated, the checkpoint keeps the residuals of a block from being stacked.
     totals, out = scan_blocks(layer, jax.checkpoint(block, prevent_cse=False), start, (x, rows, g))
     (dw, dbias, dconsts), (losses, aux, dx, drows) = totals, jax.tree.map(blocks.join, out)
@@ -197,15 +228,14 @@ def _zero_totals(layer: Layer, inputs: Inputs, g, perturbed: Inputs, apart: list
     """Where dw, dbias and the gradients of what the loss closes over are added up."""
 
     def zeros(a, moves):
-        total = jnp.zeros((*apart, *a.shape), layer.sum_dtype) if moves else None
-        return None if total is None else varying_as(total, g, *jax.tree.leaves(inputs))
+        return varying_as(jnp.zeros((*apart, *a.shape), layer.sum_dtype), g, inputs) if moves else None
 
     _, consts = inputs.others
     dconsts = jax.tree.map(lambda c, moves: jnp.zeros_like(c) if moves else None, consts, perturbed.others[1])
     return zeros(inputs.w, perturbed.w), zeros(inputs.bias, perturbed.bias), dconsts
 
 
-def _block(layer: Layer, block_loss, inputs: Inputs, perturbed: Inputs, like: Array, apart: int, totals, slices):
+def _block(layer: Layer, block_loss, inputs: Inputs, perturbed: Inputs, apart: int, totals, slices):
     """One step: the losses of a block, its dx and row gradients, and what it adds to the totals."""
     (x, rows, g), (dw, dbias, dconsts) = slices, totals
     z = layer.logits(x, inputs.w, inputs.bias)
@@ -215,29 +245,9 @@ def _block(layer: Layer, block_loss, inputs: Inputs, perturbed: Inputs, like: Ar
         (True, perturbed.others),
     )
     losses, loss_vjp, aux = jax.vjp(loss, values, has_aux=True)
-    dz, (drows, block_dconsts) = to_tree(loss_vjp(varying_as(g, like))[0])
+    dz, (drows, block_dconsts) = to_tree(loss_vjp(g)[0])
     dx = layer.dx_of_few(dz, inputs.w).astype(inputs.x.dtype) if perturbed.x else None
     dw = layer.add_dw(dw, x, dz) if perturbed.w else None
     dbias = dbias + dz.sum(range(apart, dz.ndim - 1)) if perturbed.bias else None
     dconsts = jax.tree.map(jnp.add, dconsts, block_dconsts)
     return (dw, dbias, dconsts), (losses, aux, dx, drows)
-
-
-def _varying_as_losses(layer: Layer, block_loss, inputs: Inputs) -> Array:
-    """A zero that in `jax.shard_map` varies over the mesh axes that the losses vary over; nothing else is computed."""
-    rows, consts = inputs.others
-    x, rows = jax.tree.map(lambda a: a[0], (inputs.x, rows))
-    losses, _ = block_loss(consts, layer.logits(x, inputs.w, inputs.bias), *rows)
-    return varying_as(jnp.zeros((), layer.sum_dtype), losses)
-
-
-def _check_constants(consts, perturbed, like) -> None:
-    """Here shard_map's autodiff would sum a replicated array's gradient over all shards.
-
-    We need each shard's own part, as the gradient of that shard's loss; the sum comes later.
-    """
-    for c, moves in zip(consts, perturbed, strict=True):
-        if moves and jax.typeof(varying_as(c, like)) != jax.typeof(c):
-            got = f"closing over {c.dtype}{list(c.shape)}, which is the same on shards whose losses differ"
-            wanted = "it as a row argument, or varying as they do (jax.lax.pcast), to be differentiated"
-            raise _checks.value_error("fused_linear", "loss_fn", got, wanted)

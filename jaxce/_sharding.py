@@ -39,6 +39,14 @@ class ClassShards(NamedTuple):
     def total(self, partial_sums: Any) -> Any:
         return partial_sums if self.axis_name is None else lax.psum(partial_sums, self.axis_name)
 
+    def cotangents(self, g: Any, like: Array) -> Any:
+        """Those of each shard's part of what `total` adds up, from those of the totals: psum's own transpose.
+
+        That is a copy where types tell on which shards `like`, a part, differs, in `jax.shard_map(check_vma=True)`.
+        Elsewhere it is the sum over shards.
+        """
+        return varying_as(g, like) if mesh_axes(self.first()) else self.total(g)
+
     def joined(self, s: Sums) -> Sums:
         """The `Sums` of all shards. Only numbers per row are communicated."""
         if self.axis_name is None:
@@ -55,13 +63,33 @@ class ClassShards(NamedTuple):
         return moved._replace(shift=m, rest=rest, first=first)
 
 
-def varying_as(a: Array, *arrays: Array | None) -> Array:
-    """`a`, in `jax.shard_map` marked as varying over every mesh axis that any of `arrays` varies over."""
-    for array in arrays:
-        if array is not None and in_shard_map(array):
-            # A zero with the type of the array; XLA leaves the sum out.
-            a = jnp.add(a, jnp.zeros_like(array.ravel()[:1].sum(), dtype=a.dtype))
-    return a
+def mesh_axes(*trees: Any) -> frozenset[Any]:
+    """The mesh axes over which any of these arrays varies, in `jax.shard_map(check_vma=True)`; none elsewhere."""
+    return frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in jax.tree.leaves(trees)))
+
+
+def varying_as(tree: Any, *like: Any) -> Any:
+    return varying_over(mesh_axes(like), tree)
+
+
+def varying_over(axes: frozenset[Any], tree: Any) -> Any:
+    """The arrays of `tree`, marked as varying over these mesh axes too: each shard has a copy, with its own gradient.
+
+    Autodiff adds the copies' gradients up where the copies were made.
+    """
+    return jax.tree.map(lambda a: lax.pcast(a, tuple(sorted(axes - mesh_axes(a))), to="varying"), tree)
+
+
+def reduced_as(a: Array, like: Array, reduce: Callable = lax.psum) -> Array:
+    """`a`, reduced over the mesh axes that it varies over and `like` does not, and marked as `like` is."""
+    axes = tuple(sorted(mesh_axes(a) - mesh_axes(like)))
+    return varying_as(reduce(a, axes) if axes else a, like)
+
+
+def shared_out(axes: frozenset[Any], a: Array) -> Array:
+    """Equal parts of `a`, which varies over these mesh axes then: `reduced_as` adds them up to `a` again."""
+    shards = math.prod(map(lax.axis_size, axes - mesh_axes(a)))
+    return varying_over(axes, a if shards == 1 else a / shards)
 
 
 def in_shard_map(a: Array) -> bool:

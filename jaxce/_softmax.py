@@ -11,7 +11,7 @@ from . import _rule, _schedule
 from ._autodiff import with_forward_mode
 from ._options import Selection, Values, prepared_vjp
 from ._rule import Row
-from ._sharding import ClassShards, in_auto
+from ._sharding import ClassShards, in_auto, varying_as
 
 
 def row_statistics(values: Values, selection: Selection, shards: ClassShards, with_entropy=False) -> tuple[Row, Any]:
@@ -21,6 +21,7 @@ def row_statistics(values: Values, selection: Selection, shards: ClassShards, wi
     logits, else 0.0.
     """
     rule = _rule_of(shards, with_entropy)
+    values = varying_as(values, values, selection, shards.first())
     return in_auto(rule, values.logits, values.logits.ndim - 1, values, selection)
 
 
@@ -54,7 +55,7 @@ def _backward(shards: ClassShards, values: Values, selection: Selection, row: Ro
     if labels is not None and not in_place:
         values, logit = _schedule.label_logit(values, selection, row.shift, shards)
     (z, t), options_vjp = prepared_vjp(values, selection)
-    row, g, logit = jax.tree.map(lambda a: a[..., None], (row, g, logit))
+    row, g, logit = jax.tree.map(lambda a: a[..., None], (row, shards.cotangents(g, z), logit))
     if labels is None:
         at_c = (row.log_sum < 0.5) & (z == row.shift)
     else:
