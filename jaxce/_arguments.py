@@ -1,14 +1,12 @@
 """Logits, masks and labels as the losses take them, brought into one form: the classes last, flattened to one axis."""
 
-import math
-
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
 from . import _checks, _labels
 from ._options import Selection
-from ._sharding import ClassShards
+from ._sharding import ClassShards, last_axes_merged
 
 
 def with_masks(
@@ -58,8 +56,7 @@ def classes_last(array: Array, axes: tuple[int, ...], shape: tuple[int, ...]) ->
     if axes == (-1,):
         return array
     array = jnp.moveaxis(_broadcast_classes(array, axes, shape), axes, range(-len(axes), 0))
-    rows = array.shape[: array.ndim - len(axes)]
-    return array.reshape((*rows, math.prod(array.shape[len(rows) :])))
+    return last_axes_merged(array, len(axes))
 
 
 def _broadcast_classes(array: Array, axes: tuple[int, ...], shape: tuple[int, ...]) -> Array:

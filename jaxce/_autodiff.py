@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
+from ._elementary import times
 from ._sharding import mesh_axes, reduced_as, shared_out, varying_over
 
 
@@ -136,18 +137,20 @@ def with_gradients(losses_of: Callable, gradients_of: Callable) -> Callable[[Any
     @jax.custom_jvp
     def total(inputs, g):
         losses, aux = losses_of(inputs)
-        return jnp.sum(g * losses), aux
+        return jnp.sum(times(g, losses)), aux
 
     def jvp(primals, tangents):
         inputs, g = primals
         compute = _opaque(functools.partial(gradients_of, perturbed=_perturbed(tangents[0])))
         (losses, grads), aux = compute(inputs, g)
-        out = jnp.sum(g * losses)
+        out = jnp.sum(times(g, losses))
         gradients = jax.tree.leaves((grads, None if _is_zero(tangents[1]) else losses))
         tangent = jnp.zeros_like(out)
         for gradient, direction in zip(gradients, _nonzero(tangents), strict=True):
-            product = jnp.sum(gradient.astype(out.dtype) * direction.astype(out.dtype))
-            tangent = tangent + reduced_as(product, out)
+            # Of weights, per row or class, gradients are infinite where losses are. For others it would cost a pass.
+            along = times if gradient.size == max(gradient.shape, default=1) else jnp.multiply
+            slope = jnp.sum(along(direction.astype(out.dtype), gradient.astype(out.dtype)))
+            tangent = tangent + reduced_as(slope, out)
         return (out, aux), (tangent, jax.tree.map(zero_from_primal, aux))
 
     total.defjvp(jvp, symbolic_zeros=True)

@@ -22,6 +22,27 @@ def product(a: Array, b: Array) -> Array:
     return a * jnp.where((a == 0) & jnp.isinf(b), 0, b)
 
 
+def times(a: Array, b: Array) -> Array:
+    """`product`, linear in a for autodiff too: tangents and cotangents of 0 have no part in an infinite derivative.
+
+    The infinite b is two large factors.
+    """
+    infinite, large = jnp.isinf(b), jnp.finfo(b.dtype).max
+    return a * jnp.where(infinite, large, 1) * jnp.where(infinite, jnp.sign(b) * large, b)
+
+
+@jax.custom_jvp
+def weighted(weight: Array, loss: Array) -> Array:
+    """`product`, whose derivatives are those of weight·loss, for tangents of 0 as `times` has them."""
+    return product(weight, loss)
+
+
+@weighted.defjvp
+def _weighted_jvp(primals, tangents):
+    (weight, loss), (weight_tangent, loss_tangent) = primals, tangents
+    return weighted(weight, loss), times(weight_tangent, loss) + weight * loss_tangent
+
+
 @jax.custom_jvp
 def soft_capped(z: Array, cap: Array) -> Array:
     """cap·tanh(z/cap). With u = z/cap, ∂/∂z = 1/cosh²u and ∂/∂cap = tanh u − u/cosh²u.

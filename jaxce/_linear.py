@@ -20,6 +20,7 @@ from jax.typing import ArrayLike, DTypeLike
 from . import _checks, _labels
 from ._autodiff import with_backward, with_gradients
 from ._class_blocks import class_blocked_rows
+from ._elementary import weighted
 from ._matmuls import Inputs, Layer
 from ._options import Options, Selection, Values, combined, with_uniform_targets
 from ._row_blocks import check_constants, coupled, losses_axes, row_parts, sweep_of
@@ -113,7 +114,7 @@ def _by_rows(layer: Layer, loss_fn, has_aux: bool, reduction, block_size, parts,
         return sweep(inputs, reduced_as(g, out, lax.pmean), perturbed)[0][1]
 
     losses, aux = with_backward(sweep, backward)(inputs)
-    losses = losses if scale is None else scale * losses
+    losses = losses if scale is None else weighted(scale, losses)
     return losses if reduction == "none" else jnp.sum(losses), aux
 
 
@@ -217,7 +218,7 @@ def _loss_of(layer: Layer, shards, by_classes, reduction, block_size, parts, x, 
         return _by_rows(layer, loss_of_block, False, reduction, block_size, parts, x, w, bias, (selection,), scale)[0]
     row = class_blocked_rows(layer, Inputs(x, w, bias, values_of(None, x.ndim)), selection, block_size, shards)
     loss = combined(row, options, selection, shards)
-    loss = loss if scale is None else scale * loss
+    loss = loss if scale is None else weighted(scale, loss)
     return loss if reduction == "none" else jnp.sum(loss)
 
 

@@ -13,7 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from . import _checks
-from ._elementary import product, soft_capped
+from ._elementary import product, soft_capped, weighted
 from ._labels import label_weight
 from ._rule import Row
 from ._sharding import ClassShards
@@ -133,11 +133,11 @@ def combined(row: Row, options: Options, selection: Selection, shards: ClassShar
         loss = row.loss
         if options.class_weights is not None:
             weight = label_weight(selection.labels, options.class_weights, selection.row_mask, shards)
-            loss = product(weight, loss)
+            loss = weighted(weight, loss)
         if smoothing is not None:
             share = smoothing / jnp.asarray(selection.class_count(shards), smoothing.dtype)
             share = share if share.ndim == 0 else share[..., 0]
-            loss = product(1 - smoothing, loss) + product(share, row.target_loss)
+            loss = weighted(1 - smoothing, loss) + weighted(share, row.target_loss)
     if options.z_loss is not None:
         loss = loss + options.z_loss * (row.shift + row.log_sum) ** 2
     return loss if selection.row_mask is None else jnp.where(selection.row_mask, loss, 0)

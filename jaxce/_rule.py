@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ._elementary import exp, expm1, log1p, product
+from ._elementary import exp, expm1, log1p, product, times
 
 
 class Sums(NamedTuple):
@@ -120,7 +120,7 @@ def gradient(z: Array, at_c: Array, t: Array | None, row: Row, g: Row) -> tuple[
     if t is not None:
         slope, at_others = slope + g.target_loss * row.mass, -g.target_loss * t
         own = own + g.target_loss * jnp.where(sure, row.mass * q + (row.mass - t), row.mass * o_c - t)
-        dt = g.mass + g.target_loss * jnp.where((t == 0) & jnp.isneginf(z), 0, (row.shift - z) + row.log_sum)  # −log o
+        dt = g.mass + times(g.target_loss, jnp.where((t == 0) & jnp.isneginf(z), 0, (row.shift - z) + row.log_sum))
     e = jnp.where(at_c, 0, exp(z - jnp.maximum(row.shift, jnp.finfo(z.dtype).min)))  # as in `sums`, to XLA the same
     # Added, not selected: after `_autodiff` transposed it twice, a select between sums would be two passes.
     dz = slope * exp(-row.log_sum) * e + jnp.where(at_c, own, at_others)

@@ -6,6 +6,7 @@ and the devices, hence their gcd. So an axis is viewed as [gcd, rest], 12 classe
 the types tell the number of shards. Without a mesh, and inside `jax.shard_map`, there is one part.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -114,6 +115,22 @@ def gathered(a: Array, axis: int) -> Array:
         return a
     spec = P(*(None if i == axis % a.ndim else P.UNCONSTRAINED for i in range(a.ndim)))
     return lax.with_sharding_constraint(a, NamedSharding(jax.typeof(a).sharding.mesh, spec))
+
+
+def last_axes_merged(a: Array, count: int) -> Array:
+    """`a`, its last axes flattened to one. On an Explicit mesh that is split as its leading axes are.
+
+    What splits an axis after one that is whole cannot split the product too, in blocks: it is gathered.
+    """
+    rows = a.ndim - count
+    shape = (*a.shape[:rows], math.prod(a.shape[rows:]))
+    if not _sizes(a, AxisType.Explicit):
+        return a.reshape(shape)
+    spec = jax.typeof(a).sharding.spec
+    leading = itertools.takewhile(lambda names: names is not None, spec[rows:])
+    names = tuple(n for names in leading for n in (names if isinstance(names, tuple) else (names,)))
+    sharding = NamedSharding(jax.typeof(a).sharding.mesh, P(*spec[:rows], names or None))
+    return a.reshape(shape, out_sharding=sharding)
 
 
 def in_auto(f: Callable[..., Any], like: Array, axes: Any, *args: Any) -> Any:

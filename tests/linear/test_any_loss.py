@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxce import fused_linear, softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
 
-from ..helpers import assert_all_close, assert_close, logits, random_labels
+from ..helpers import assert_all_close, assert_close, head, logits, random_labels
 
 N, D, K = 22, 6, 31
 
@@ -107,3 +107,13 @@ def test_accuracy_as_aux():
     np.testing.assert_allclose(loss, softmax_cross_entropy_with_integer_labels(x @ w, y).mean(), rtol=1e-6)
     wanted = jax.grad(lambda w: softmax_cross_entropy_with_integer_labels(x @ w, y).mean())(w)
     assert_close(dw, wanted, "float32", tolerance=3e-6)
+
+
+def test_gradient_of_a_closed_over_python_number():
+    """It is weakly typed, as an array is not."""
+    x, w, labels = head(5, 3, 4)
+
+    def total(scale):
+        return fused_linear(lambda z, y: scale * softmax_cross_entropy_with_integer_labels(z, y))(x, w, labels)
+
+    assert_close(jax.grad(total)(1.3), total(1.0), "float32", factor=4)

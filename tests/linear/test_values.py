@@ -227,3 +227,19 @@ def test_integer_arrays_may_be_closed_over_anywhere():
     assert_all_close(
         jax.grad(lambda x: jax.lax.scan(lambda c, y: (c + loss(x, y), None), 0.0, labels[None])[0])(x), wanted
     )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weight", [np.nan, np.inf])
+def test_the_weight_of_an_ignored_row_counts_for_nothing(weight, reduction):
+    x, w, labels = head(4, 3, 5)
+    labels = labels.at[2].set(-100)
+
+    def total(x, w, weights):
+        options: Any = {"weights": weights, "ignore_index": -100, "reduction": reduction}
+        return jnp.sum(linear_cross_entropy(x, w, labels, **options))
+
+    weights = jnp.array([1.0, 2.0, 0.0, 3.0])
+    got, wanted = (jax.value_and_grad(total, (0, 1, 2))(x, w, v) for v in (weights.at[2].set(weight), weights))
+    assert wanted[0] > 0
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxce import linear_cross_entropy
+
 from ..helpers import (
     assert_close,
     dense_loss,
@@ -198,3 +200,28 @@ def test_row_without_a_finite_maximum_is_nan(bad, dense):
     valid = loss_and_gradient(call, z, targets)
     assert_only_row_is_nan(*loss_and_gradient(call, z.at[1, 0].set(bad), targets), 1, valid)
     assert_only_row_is_nan(*loss_and_gradient(call, z.at[1].set(-jnp.inf), targets), 1, valid)
+
+
+@pytest.mark.parametrize("form", ["dense", "smoothed", "head by rows", "head by classes"])
+def test_modes_agree_where_the_loss_is_inf(form):
+    """Tangents and cotangents of 0, of other classes, rows and weights, have no part in it."""
+    z = jnp.array([[1.0, -jnp.inf, 0.5, 2.0], [1.0, 2.0, 3.0, 4.0]])
+    targets, labels, weights = jnp.full((2, 4), 0.25), jnp.array([1, 3]), jnp.array([1.0, 2.0, 3.0, 4.0])
+
+    def loss(z, targets, weights, row_weights):
+        if form == "dense":
+            return row_weights * dense_loss(z, targets, class_weights=weights)
+        options: Any = {"label_smoothing": 0.1, "class_weights": weights}
+        if form == "smoothed":
+            return integer_loss(z, labels, **options)
+        options |= {"weights": row_weights, "recompute": form == "head by classes", "reduction": "sum"}
+        return linear_cross_entropy(jnp.eye(2), jnp.zeros((2, 4)), labels, bias=z[0], **options)
+
+    for i in range(3 if form in ("dense", "smoothed") else 4):
+        backward, forward = (jac(loss, i)(z, targets, weights, jnp.ones(2)) for jac in (jax.jacrev, jax.jacfwd))
+        assert not np.isnan(backward).any(), i
+        assert np.isinf(backward).any() == (i > 0 and (form, i) not in NOT_TARGETS)
+        np.testing.assert_allclose(backward, forward, 1e-5, 1e-7)
+
+
+NOT_TARGETS = {("smoothed", 1), ("head by rows", 1), ("head by classes", 1)}

@@ -15,6 +15,7 @@ import jaxce
 
 from ..collectives import collectives
 from ..helpers import (
+    LOSSES,
     MODES,
     assert_all_close,
     assert_close,
@@ -286,3 +287,20 @@ def test_types_keep_the_sum_of_dw_a_shard_in_size():
         loss = partial(jaxce.linear_cross_entropy, labels=jnp.zeros(64, jnp.int32), block_size=1)
         temp[axis_type] = temp_bytes(jax.grad(loss, 1), *arguments)
     assert temp[AxisType.Explicit] <= 2.5 * w.nbytes // 8 < w.nbytes <= temp[AxisType.Auto] <= 2.5 * w.nbytes, temp
+
+
+@pytest.mark.parametrize("form", ["integer", "dense"])
+@pytest.mark.parametrize("axis", [(1, 2), (2, 1), None])
+@pytest.mark.parametrize("spec", [P("data", None, "model"), P(None, "data", "model"), P("data", "model", None)])
+def test_several_class_axes_of_an_explicit_mesh(spec, axis, form):
+    z, targets = logits(4, 4, 6), jnp.abs(logits(4, 4, 6, seed=1))
+    specs = (spec, spec)
+    if form == "integer":
+        shape, row_spec = ((), P()) if axis is None else ((4,), P(spec[0]))
+        targets, specs = jnp.full(shape, 17), (spec, row_spec)
+    loss = partial(LOSSES[form], axis=axis)
+    f = jax.value_and_grad(lambda z, targets: loss(z, targets).sum())
+    arguments = placed(mesh(AxisType.Explicit), (z, targets), specs)
+    got, wanted = jax.jit(f)(*arguments), f(z, targets)
+    assert_all_close(got, wanted, factor=4)
+    assert jax.typeof(got[1]).sharding.spec == spec

@@ -1,4 +1,4 @@
-"""A class axis that is split by name, in each world that has names, beside the naive formula written with pmax and psum.
+"""A class axis split by name, in each world that has names, beside the naive formula written with pmax and psum.
 
 In the same place the two have the same value and derivatives: each shard's own with respect to its own copies, whether
 JAX differentiates outside or inside of the map, and whether types track which shards differ or not.

@@ -1,0 +1,118 @@
+"""Every combination of arguments that differ between the shards of checked `jax.shard_map`, the others being the same.
+
+Gradients of what shards share are added up once, and only once; of what differs, each shard has its own.
+"""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+import jaxce
+
+from ..helpers import (
+    assert_all_close,
+    direction_at,
+    head,
+    logits,
+    mesh_of,
+    named,
+    on_shards,
+    option_values,
+    probabilities,
+)
+
+SHARDS, N, D, K = 2, 4, 3, 5
+X, W, LABELS = head(N, D, K)
+WEIGHTS = jnp.array([0.5, 1, 2, 1.5])
+MASK = jnp.arange(K)[None] % 4 != 1
+VALUES: dict[str, Any] = jax.tree.map(jnp.float32, option_values(K))
+HEAD = {"x": X, "w": W, "bias": logits(K, seed=2), "weights": WEIGHTS}
+ANY = HEAD | {"factor": jnp.array([1, 2, 0.5, 0.7])}
+
+
+def any_loss(v, reduction):
+    scale = v.get("scale", jnp.ones(K))  # closed over
+
+    def loss(z, factor):
+        return factor * jax.nn.logsumexp(z * scale[None], -1)
+
+    fused = jaxce.fused_linear(loss, reduction=reduction, block_size=2)
+    return fused(v["x"], v["w"], v["factor"], bias=v["bias"], weights=v["weights"])
+
+
+FUNCTIONS = (
+    {  # and their arguments
+        "integer": (jaxce.softmax_cross_entropy_with_integer_labels, {"logits": X @ W, "labels": LABELS} | VALUES),
+        "dense": (
+            jaxce.softmax_cross_entropy,
+            {"logits": X @ W, "labels": probabilities(N, K), "where": MASK} | VALUES,
+        ),
+        "statistics": (
+            lambda **v: jnp.stack(jaxce.label_statistics(**v)[:3]),
+            {"logits": X @ W, "labels": LABELS, "logit_cap": VALUES["logit_cap"]},
+        ),
+    }
+    | {
+        f"head by {blocks}, {reduction}": (
+            lambda recompute=blocks == "classes", reduction=reduction, **v: jaxce.linear_cross_entropy(
+                **v, recompute=recompute, reduction=reduction
+            ),
+            HEAD | {"labels": LABELS} | VALUES,
+        )
+        for blocks, reduction in (("rows", "mean"), ("classes", "mean"), ("classes", "none"))
+    }
+)
+FUNCTIONS |= {
+    f"any loss, {reduction}": (lambda reduction=reduction, **v: any_loss(v, reduction), ANY)
+    for reduction in ("mean", "sum", "none")
+}
+CLOSED_OVER = "a loss that closes over what varies"
+FUNCTIONS[CLOSED_OVER] = (lambda **v: any_loss(v, "sum"), ANY | {"scale": jnp.linspace(1, 2, K)})
+
+
+def combinations(names, sizes):
+    return [c for size in sizes for c in itertools.combinations(names, size)]
+
+
+CASES: list[tuple] = []
+QUICK: set[tuple] = set()
+for function, (_, arguments) in FUNCTIONS.items():
+    every = combinations(arguments, range(1, len(arguments) + 1))
+    if function == CLOSED_OVER:  # one that shards share may not be differentiated
+        every = [c for c in every if "scale" in c]
+    CASES += [(function, "+".join(c)) for c in every]
+    QUICK |= {(function, "+".join(c)) for c in every if len(c) == 1 or (len(c) == 2 and "scale" in c)}
+
+
+def versions(a):
+    """One for each shard."""
+    if jnp.issubdtype(a.dtype, jnp.integer):
+        return jnp.stack([a, (a + 1) % K])
+    return jnp.stack([a, ~a if a.dtype == jnp.bool_ else 0.8 * a])
+
+
+@pytest.mark.parametrize("function, names", named(CASES, quick=QUICK))
+def test_each_combination_of_varying_arguments(function, names):
+    f, arguments = FUNCTIONS[function]
+    varying = names.split("+")
+    v = {name: versions(a) if name in varying else a for name, a in arguments.items()}
+    specs = {name: P("data") if name in varying else P() for name in v}
+
+    def part(v, i):
+        return f(**{name: a[i] if name in varying else a for name, a in v.items()}).sum()
+
+    sharded = on_shards(lambda v: lax.psum(part(v, 0), "data"), mesh_of((SHARDS,), ("data",)), (specs,), P())
+    moving = {name: a for name, a in v.items() if jnp.issubdtype(a.dtype, jnp.floating)}
+
+    def results(f, moving):
+        tangent = jax.jvp(lambda moving: f(v | moving), (moving,), (direction_at(moving),))[1]
+        return jax.value_and_grad(lambda moving: f(v | moving))(moving), tangent
+
+    got = jax.jit(lambda moving: results(sharded, moving))(moving)
+    wanted = jax.jit(lambda moving: results(lambda v: sum(part(v, i) for i in range(SHARDS)), moving))(moving)
+    assert_all_close(got, wanted, factor=16)
