@@ -130,13 +130,13 @@ def point(form: str) -> dict[str, jax.Array]:
     values = option_values(SHARDS * K)
     weights = np.split(np.asarray(values.pop("class_weights")), SHARDS)
     shared: dict[str, Any] = {name: np.float32(value) for name, value in values.items()}
-    own = {"class_weights": weights}
+    own: dict[str, Any] = {"class_weights": weights}
     if form in ("integer", "dense", "statistics"):
         own["z"] = logits(SHARDS, N, K)
         own |= {"targets": jnp.moveaxis(probabilities(N, SHARDS, K), 1, 0)} if form == "dense" else {}
     else:
         own |= {"w": logits(SHARDS, D, K) / D**0.5, "bias": logits(SHARDS, K, seed=3)}
-        shared |= {"x": logits(N, D, seed=4), "weights": np.float32([0.5, 2, 1])}
+        shared |= {"x": logits(N, D, seed=4), "weights": np.array([0.5, 2, 1], np.float32)}
     if form == "statistics":
         shared, own = {"logit_cap": shared["logit_cap"]}, {"z": own["z"]}
     shared = {name: np.stack([value] * SHARDS) for name, value in shared.items()}

@@ -4,6 +4,7 @@ Gradients of what shards share are added up once, and only once; of what differs
 """
 
 import itertools
+from functools import partial
 from typing import Any
 
 import jax
@@ -35,7 +36,7 @@ HEAD = {"x": X, "w": W, "bias": logits(K, seed=2), "weights": WEIGHTS}
 ANY = HEAD | {"factor": jnp.array([1, 2, 0.5, 0.7])}
 
 
-def any_loss(v, reduction):
+def any_loss(reduction, **v):
     scale = v.get("scale", jnp.ones(K))  # closed over
 
     def loss(z, factor):
@@ -45,34 +46,22 @@ def any_loss(v, reduction):
     return fused(v["x"], v["w"], v["factor"], bias=v["bias"], weights=v["weights"])
 
 
-FUNCTIONS = (
-    {  # and their arguments
-        "integer": (jaxce.softmax_cross_entropy_with_integer_labels, {"logits": X @ W, "labels": LABELS} | VALUES),
-        "dense": (
-            jaxce.softmax_cross_entropy,
-            {"logits": X @ W, "labels": probabilities(N, K), "where": MASK} | VALUES,
-        ),
-        "statistics": (
-            lambda **v: jnp.stack(jaxce.label_statistics(**v)[:3]),
-            {"logits": X @ W, "labels": LABELS, "logit_cap": VALUES["logit_cap"]},
-        ),
-    }
-    | {
-        f"head by {blocks}, {reduction}": (
-            lambda recompute=blocks == "classes", reduction=reduction, **v: jaxce.linear_cross_entropy(
-                **v, recompute=recompute, reduction=reduction
-            ),
-            HEAD | {"labels": LABELS} | VALUES,
-        )
-        for blocks, reduction in (("rows", "mean"), ("classes", "mean"), ("classes", "none"))
-    }
-)
-FUNCTIONS |= {
-    f"any loss, {reduction}": (lambda reduction=reduction, **v: any_loss(v, reduction), ANY)
-    for reduction in ("mean", "sum", "none")
+FUNCTIONS: dict[str, tuple[Any, dict[str, Any]]] = {  # and their arguments
+    "integer": (jaxce.softmax_cross_entropy_with_integer_labels, {"logits": X @ W, "labels": LABELS} | VALUES),
+    "dense": (jaxce.softmax_cross_entropy, {"logits": X @ W, "labels": probabilities(N, K), "where": MASK} | VALUES),
+    "statistics": (
+        lambda **v: jnp.stack(jaxce.label_statistics(**v)[:3]),
+        {"logits": X @ W, "labels": LABELS, "logit_cap": VALUES["logit_cap"]},
+    ),
 }
+for blocks, reduction in (("rows", "mean"), ("classes", "mean"), ("classes", "none")):
+    options: dict[str, Any] = {"recompute": blocks == "classes", "reduction": reduction}
+    head_loss = partial(jaxce.linear_cross_entropy, **options)
+    FUNCTIONS[f"head by {blocks}, {reduction}"] = (head_loss, HEAD | {"labels": LABELS} | VALUES)
+for reduction in ("mean", "sum", "none"):
+    FUNCTIONS[f"any loss, {reduction}"] = (partial(any_loss, reduction), ANY)
 CLOSED_OVER = "a loss that closes over what varies"
-FUNCTIONS[CLOSED_OVER] = (lambda **v: any_loss(v, "sum"), ANY | {"scale": jnp.linspace(1, 2, K)})
+FUNCTIONS[CLOSED_OVER] = (partial(any_loss, "sum"), ANY | {"scale": jnp.linspace(1, 2, K)})
 
 
 def combinations(names, sizes):
