@@ -2,20 +2,20 @@
 
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 
 from . import _checks, _labels
+from ._checks import Arrays
 from ._options import Selection
 from ._sharding import ClassShards, last_axes_merged
 
 
 def with_masks(
-    function: str, logits: Array, axes: tuple[int, ...], where: ArrayLike | None, axis_name: str | None
+    function: str, logits: Array, axes: tuple[int, ...], where: Arrays | None, axis_name: str | None
 ) -> tuple[Array, Selection, ClassShards]:
     """Logits [..., K], their class mask and row mask, and how their classes are split."""
     shape = logits.shape
     logits = classes_last(logits, axes, shape)
-    shards = ClassShards(logits.shape[-1], axis_name)
+    shards = ClassShards(logits.shape[-1], _checks.mesh_axis(function, axis_name))
     if where is None:
         return logits, Selection(), shards
     mask = _checks.mask(function, where, shape, axes)
@@ -30,7 +30,7 @@ def with_masks(
 
 
 def labelled_rows(
-    function: str, logits: ArrayLike, labels: ArrayLike, axis, where, ignore_index, axis_name
+    function: str, logits: Arrays, labels: Arrays, axis, where, ignore_index, axis_name
 ) -> tuple[Array, Selection, ClassShards]:
     """`with_masks`, with the labels, which rows to ignore are masked by."""
     z = _checks.floating(function, "logits", logits)
@@ -38,12 +38,10 @@ def labelled_rows(
     axes = _checks.class_axes(function, axis, z.shape)
     rows = tuple(n for i, n in enumerate(z.shape) if i - z.ndim not in axes)
     batch = _checks.label_shape(function, y.shape, rows)
-    z, selection, shards = with_masks(function, z, axes, where, axis_name)
-    row_mask = selection.row_mask
-    if batch != rows:
-        z = jnp.broadcast_to(z, (*batch, shards.local))
-        row_mask = None if row_mask is None else jnp.broadcast_to(row_mask, batch)
-    y = jnp.broadcast_to(y, batch)
+    size = iter(batch)
+    shape = tuple(n if i - z.ndim in axes else next(size) for i, n in enumerate(z.shape))
+    z, selection, shards = with_masks(function, jnp.broadcast_to(z, shape), axes, where, axis_name)
+    row_mask, y = selection.row_mask, jnp.broadcast_to(y, batch)
     if ignore_index is not None:
         kept = ~_labels.ignored(function, y, ignore_index)
         row_mask = kept if row_mask is None else row_mask & kept

@@ -119,7 +119,7 @@ def transposed(pullback: Callable, residuals: Any, tangents: list[Array], like: 
 
 def _nothing(arrays: list[Array]) -> Array:
     """An empty array that depends on all of `arrays`."""
-    return jnp.concatenate([a.ravel()[:0].astype(jnp.float32) for a in arrays])
+    return jnp.concatenate([lax.slice_in_dim(a.ravel(), 0, 0).astype(jnp.float32) for a in arrays])
 
 
 def _zeros_of(nothing: Array, like: Array) -> Array:

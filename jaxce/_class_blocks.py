@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from . import _labels, _rule
 from ._autodiff import with_backward
+from ._checks import known
 from ._matmuls import Inputs, Layer, over_classes
 from ._options import Selection, Values, prepared, prepared_vjp
 from ._rule import Row
@@ -27,6 +28,7 @@ def max_classes(layer: Layer, rows: int, block_size: int | None) -> int:
     if block_size is not None:
         block_size = 128 * -(-block_size // 128)
     else:
+        rows = known(rows, 2**13)
         block_size = 2**23 // max(1, rows) if layer.on_cpu else max(2048, 2**24 // max(1, rows))
     return layer.devices * block_size // layer.parts
 
@@ -79,7 +81,8 @@ def _forward(layer: Layer, shards: ClassShards, block_size: int | None, inputs: 
     t = None if inputs.others.targets is None else zeros
     nothing = single(zeros - jnp.inf, zeros > 0, t, None)
     nothing = nothing._replace(logit=jnp.where(labels == _labels.INVALID, jnp.nan, zeros))
-    s = over_classes(step, nothing, layer.classes // layer.parts, max_classes(layer, labels.size, block_size))
+    most = max_classes(layer, labels.size, block_size)
+    s = over_classes(step, nothing, layer.classes // layer.parts, most)
     return _rule.row_of(shards.joined(s))
 
 

@@ -4,6 +4,7 @@ A label is INVALID when it is outside [0, K) or names a masked class. Its row's 
 of such a label is NaN, and spreads. A row that does not count has label 0, and is set to 0 at the end.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -16,15 +17,23 @@ INVALID = -1  # no class, on any shard
 
 def signed(labels: Array) -> Array:
     """As int32 or int64. What is beyond their range is no class, and becomes the largest number."""
-    wanted = jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32
-    if jnp.issubdtype(labels.dtype, jnp.unsignedinteger) and labels.dtype.itemsize >= 4:
-        labels = jnp.minimum(labels, jnp.array(jnp.iinfo(wanted).max, labels.dtype))
+    unsigned = jnp.issubdtype(labels.dtype, jnp.unsignedinteger)
+    wide = labels.dtype.itemsize >= (4 if unsigned else 8)
+    wanted = jax.dtypes.canonicalize_dtype(jnp.int64) if wide else jnp.int32
+    if unsigned and wide:
+        largest = min(jnp.iinfo(wanted).max, jnp.iinfo(labels.dtype).max)
+        labels = jnp.minimum(labels, jnp.array(largest, labels.dtype))
     return labels.astype(wanted)
 
 
 def ignored(function: str, labels: Array, ignore_index: ArrayLike) -> Array:
-    labels = signed(labels)
-    return labels == _checks.scalar(function, "ignore_index", ignore_index, labels.dtype)
+    index = _checks.integer(function, "ignore_index", ignore_index)
+    _checks.shape(function, "ignore_index", index, (), "a scalar")
+    if labels.dtype == index.dtype:
+        return labels == index
+    labels, index = signed(labels), signed(index)
+    dtype = max(labels.dtype, index.dtype, key=lambda dtype: dtype.itemsize)
+    return labels.astype(dtype) == index.astype(dtype)
 
 
 def class_ids(labels: Array, class_mask: Array | None, row_mask: Array | None, shards: ClassShards) -> Array:

@@ -10,7 +10,7 @@ Training takes three matmuls: z, and from the loss's gradient δ, dx = δ·Wᵀ 
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from . import _checks, _labels
 from ._autodiff import with_backward, with_gradients
+from ._checks import Arrays
 from ._class_blocks import class_blocked_rows
 from ._elementary import weighted
 from ._matmuls import Inputs, Layer
@@ -35,9 +36,9 @@ def fused_linear(
     *,
     reduction: Reduction = "mean",
     has_aux: bool = False,
-    class_axis: int = -1,
+    class_axis: SupportsIndex = -1,
     dtype: DTypeLike | None = None,
-    block_size: int | None = None,
+    block_size: SupportsIndex | None = None,
 ) -> Callable[..., Any]:
     """Turns a row-wise loss of logits into a loss `f` of the linear layer before it, which never holds all the logits.
 
@@ -82,12 +83,18 @@ def fused_linear(
         True
     """
     function = "fused_linear"
-    _check_options(function, reduction, class_axis, dtype, block_size)
+    class_axis, dtype, block_size = check_options(function, reduction, class_axis, dtype, block_size)
+    _checks.one_of(function, "has_aux", has_aux, (True, False), "a bool")
+    if not callable(loss_fn):
+        raise _checks.type_error(function, "loss_fn", _checks.described(loss_fn), "a function of logits and row_args")
 
-    def fused(x, w, *row_args, bias=None, weights=None, normalizer=None):
+    def fused(x, w, *row_args, bias=None, weights=None, normalizer=None, **unknown):
+        if unknown:
+            raise _checks.type_error(function, "row_args", f"given as {', '.join(unknown)}=", "them by position")
         layer, x, w, bias = Layer.of(function, x, w, bias, class_axis, dtype)
         lead = x.shape[:-1]
-        row_args = jax.tree.map(lambda a: _checks.leading(function, "row_args", jnp.asarray(a), lead), row_args)
+        meaning = "as x; what is not of a row, loss_fn may close over"
+        row_args = jax.tree.map(lambda a: _checks.leading(function, "row_args", a, lead, meaning), row_args)
         weights, normalizer = _check_weights(function, weights, normalizer, lead, reduction, layer)
         scale = _row_scale(reduction, weights, normalizer, lead, layer)
         blocked = functools.partial(_by_rows, layer, loss_fn, has_aux, reduction, block_size, row_parts(x))
@@ -119,22 +126,22 @@ def _by_rows(layer: Layer, loss_fn, has_aux: bool, reduction, block_size, parts,
 
 
 def linear_cross_entropy(
-    x: ArrayLike,
-    w: ArrayLike,
-    labels: ArrayLike,
+    x: Arrays,
+    w: Arrays,
+    labels: Arrays,
     *,
-    bias: ArrayLike | None = None,
-    weights: ArrayLike | None = None,
+    bias: Arrays | None = None,
+    weights: Arrays | None = None,
     reduction: Reduction = "mean",
     normalizer: ArrayLike | None = None,
     ignore_index: ArrayLike | None = None,
     label_smoothing: ArrayLike = 0.0,
-    class_weights: ArrayLike | None = None,
+    class_weights: Arrays | None = None,
     logit_cap: ArrayLike | None = None,
     z_loss: ArrayLike = 0.0,
-    class_axis: int = -1,
+    class_axis: SupportsIndex = -1,
     dtype: DTypeLike | None = None,
-    block_size: int | None = None,
+    block_size: SupportsIndex | None = None,
     recompute: bool | None = None,
     axis_name: str | None = None,
 ) -> Array:
@@ -178,13 +185,14 @@ def linear_cross_entropy(
         1.7143, 1.2143
     """
     function = "linear_cross_entropy"
-    _check_options(function, reduction, class_axis, dtype, block_size)
+    class_axis, dtype, block_size = check_options(function, reduction, class_axis, dtype, block_size)
+    _checks.one_of(function, "recompute", recompute, (None, True, False), "a bool or None")
     layer, x, w, bias = Layer.of(function, x, w, bias, class_axis, dtype)
     labels = _checks.integer(function, "labels", labels)
     _checks.shape(function, "labels", labels, x.shape[:-1], "one label for each row of x")
     weights, normalizer = _check_weights(function, weights, normalizer, labels.shape, reduction, layer)
     given = dict(label_smoothing=label_smoothing, class_weights=class_weights, logit_cap=logit_cap, z_loss=z_loss)
-    shards = ClassShards(layer.classes, axis_name)
+    shards = ClassShards(layer.classes, _checks.mesh_axis(function, axis_name))
     options = Options.of(function, layer.sum_dtype, x.ndim, shards, given)
     x, selection = _masked(function, x, labels, ignore_index, shards)
     if weights is not None and selection.row_mask is not None:
@@ -239,15 +247,21 @@ def _mean_divisor(layer: Layer, options: Options, weights, selection: Selection,
     return jnp.sum(divisor if selection.row_mask is None else jnp.where(selection.row_mask, divisor, 0))
 
 
-def _check_options(function, reduction, class_axis, dtype, block_size):
-    if reduction not in ("mean", "sum", "none"):
-        raise _checks.value_error(function, "reduction", repr(reduction), "'mean', 'sum' or 'none'")
-    if class_axis not in (-1, 0):
-        raise _checks.value_error(function, "class_axis", repr(class_axis), "-1 for w [D, K] or 0 for w [K, D]")
+def check_options(function, reduction, class_axis, dtype, block_size) -> tuple[int, Any, int | None]:
+    _checks.one_of(function, "reduction", reduction, ("mean", "sum", "none"), "'mean', 'sum' or 'none'")
+    wanted = "-1 for w [D, K] or 0 for w [K, D]"
+    class_axis = _checks.index(function, "class_axis", class_axis, wanted)
+    _checks.one_of(function, "class_axis", class_axis, (-1, 0), wanted)
+    try:
+        dtype = None if dtype is None else jax.dtypes.canonicalize_dtype(dtype)
+    except TypeError:
+        raise _checks.type_error(function, "dtype", repr(dtype), "a floating dtype") from None
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise _checks.type_error(function, "dtype", repr(dtype), "a floating dtype")
-    if block_size is not None and (not isinstance(block_size, int) or block_size < 1):
+    block_size = None if block_size is None else _checks.index(function, "block_size", block_size, "a positive int")
+    if block_size is not None and block_size < 1:
         raise _checks.value_error(function, "block_size", repr(block_size), "a positive int")
+    return class_axis, dtype, block_size
 
 
 def _check_weights(function, weights, normalizer, lead, reduction, layer):

@@ -1,15 +1,16 @@
 """The losses of logits: the rule of `_rule`, with options."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 from jax.experimental import checkify
 from jax.typing import ArrayLike
 
 from . import _checks
 from ._arguments import classes_last, labelled_rows, with_masks
+from ._checks import Arrays, Axes
 from ._labels import ignored, signed
 from ._options import Options, Values, combined, masked_mean, statistics_dtype, with_uniform_targets
 from ._sharding import in_auto
@@ -17,13 +18,13 @@ from ._softmax import row_statistics
 
 
 def softmax_cross_entropy(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    axis: int | Sequence[int] | None = -1,
-    where: ArrayLike | None = None,
+    logits: Arrays,
+    labels: Arrays,
+    axis: Axes = -1,
+    where: Arrays | None = None,
     *,
     label_smoothing: ArrayLike = 0.0,
-    class_weights: ArrayLike | None = None,
+    class_weights: Arrays | None = None,
     logit_cap: ArrayLike | None = None,
     z_loss: ArrayLike = 0.0,
     axis_name: str | None = None,
@@ -54,8 +55,8 @@ def softmax_cross_entropy(
 
     Raises:
         TypeError: logits are not floating, labels or options not real, `where` not bool, or axes not ints.
-        ValueError: shapes do not fit, axes are out of range or repeated, there is no class, or an option is a Python
-            number out of range. An array out of range makes the loss NaN instead.
+        ValueError: shapes do not fit, axes are out of range or repeated, there is no class, or an option is out of
+            range. A traced one makes the loss NaN instead.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxce
@@ -72,7 +73,7 @@ def softmax_cross_entropy(
     z = _checks.floating(function, "logits", logits)
     targets = _checks.real(function, "labels", labels)
     axes = _checks.class_axes(function, axis, z.shape)
-    shape = _checks.broadcast_shape(function, "labels", targets.shape, z.shape, axes)
+    shape = _checks.dense_shape(function, labels, targets.shape, z.shape, axes)
     z, selection, shards = with_masks(function, jnp.broadcast_to(z, shape), axes, where, axis_name)
     targets = classes_last(targets.reshape((1,) * (len(shape) - targets.ndim) + targets.shape), axes, shape)
     given = dict(label_smoothing=label_smoothing, class_weights=class_weights, logit_cap=logit_cap, z_loss=z_loss)
@@ -88,14 +89,14 @@ def softmax_cross_entropy(
 
 
 def softmax_cross_entropy_with_integer_labels(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    axis: int | Sequence[int] | None = -1,
-    where: ArrayLike | None = None,
+    logits: Arrays,
+    labels: Arrays,
+    axis: Axes = -1,
+    where: Arrays | None = None,
     *,
     ignore_index: ArrayLike | None = None,
     label_smoothing: ArrayLike = 0.0,
-    class_weights: ArrayLike | None = None,
+    class_weights: Arrays | None = None,
     logit_cap: ArrayLike | None = None,
     z_loss: ArrayLike = 0.0,
     axis_name: str | None = None,
@@ -150,10 +151,10 @@ class LabelStatistics(NamedTuple):
 
 
 def label_statistics(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    axis: int | Sequence[int] | None = -1,
-    where: ArrayLike | None = None,
+    logits: Arrays,
+    labels: Arrays,
+    axis: Axes = -1,
+    where: Arrays | None = None,
     *,
     ignore_index: ArrayLike | None = None,
     logit_cap: ArrayLike | None = None,
@@ -200,12 +201,13 @@ def label_statistics(
 
 
 def check_labels(
-    labels: ArrayLike, num_classes: int, where: ArrayLike | None = None, *, ignore_index: ArrayLike | None = None
+    labels: Arrays, num_classes: SupportsIndex, where: Arrays | None = None, *, ignore_index: ArrayLike | None = None
 ) -> None:
     """Under `jax.experimental.checkify.checkify`, turns an invalid label into an error that names it and its row.
 
-    Call it beside a loss that is NaN, and run the caller under `checkify` with its user checks. Elsewhere it does
-    nothing, but a compiled caller is dispatched five times slower, which is why the losses contain no check.
+    Call it beside a loss that is NaN, and run the caller under `checkify` with its user checks. Outside of any
+    transformation it raises at once. Elsewhere it does nothing, but a compiled caller is dispatched five times slower,
+    which is why the losses contain no check.
 
     Args:
         labels: integer, of any shape.
@@ -214,8 +216,8 @@ def check_labels(
         ignore_index: rows with this label do not take part.
 
     Raises:
-        TypeError: labels or `ignore_index` are not integer, or `where` is not bool.
-        ValueError: `where` has another shape than `labels`, or there is no class.
+        TypeError: labels, `num_classes` or `ignore_index` are not integer, or `where` is not bool.
+        ValueError: `where` has another shape than `labels`, there is no class, or concrete labels are invalid.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxce
@@ -225,21 +227,25 @@ def check_labels(
         check_labels: labels has 5 in row 2 (of the flattened batch), wanted 0 to 4 (`check` failed)
     """
     function = "check_labels"
-    labels = signed(_checks.integer(function, "labels", labels))
-    if num_classes < 1:
+    given = _checks.integer(function, "labels", labels)
+    last, labels = _checks.index(function, "num_classes", num_classes, "an int") - 1, signed(given)
+    if last < 0:
         raise _checks.value_error(function, "num_classes", num_classes, "at least 1")
-    valid = (labels >= 0) & (labels < num_classes)
+    valid = (labels >= 0) & (labels <= min(last, jnp.iinfo(labels.dtype).max))
     if ignore_index is not None:
-        valid = valid | ignored(function, labels, ignore_index)
+        valid = valid | ignored(function, given, ignore_index)
     if where is not None:
         mask = _checks.boolean(function, "where", where)
         valid = valid | ~_checks.shape(function, "where", mask, labels.shape, "as labels")
     if labels.size == 0:
         return
-    message = f"{function}: labels has {{label}} in row {{row}} (of the flattened batch), wanted 0 to {num_classes - 1}"
+    message = f"{function}: labels has {{label}} in row {{row}} (of the flattened batch), wanted 0 to {last}"
 
     def check(labels, valid):
         row = jnp.argmin(valid.ravel())
-        checkify.debug_check(valid.all(), message, label=labels.ravel()[row], row=row)
+        label, good = labels.ravel()[row], valid.all()
+        if not isinstance(good, Tracer) and not good:
+            raise ValueError(message.format(label=label, row=row))
+        checkify.debug_check(good, message, label=label, row=row)
 
     in_auto(check, labels, 0, labels, valid)

@@ -41,7 +41,9 @@ class Layer(NamedTuple):
             raise _checks.value_error(function, "w", f"of shape {w.shape}", "two axes, [D, K] or [K, D]")
         classes, features = w.shape[class_axis], w.shape[1 + class_axis]
         if x.ndim == 0 or x.shape[-1] != features:
-            raise _checks.value_error(function, "x", f"of shape {x.shape}", f"[..., {features}], for w {w.shape}")
+            wanted = f"[..., {features}], for w {w.shape}"
+            wanted += f" (or class_axis={-1 - class_axis})" if x.shape[-1:] == (classes,) else ""
+            raise _checks.value_error(function, "x", f"of shape {x.shape}", wanted)
         if classes == 0:
             raise _checks.value_error(function, "w", f"of shape {w.shape}", "at least one class")
         if bias is not None:
@@ -180,6 +182,8 @@ def over_classes(step: Callable[..., Any], carry: Any, classes: int, max_classes
     fit, the one with the smallest remainder is taken, as odd widths are slow on CPU.
     Test: test_no_copy_of_w_for_an_odd_number_of_classes.
     """
+    if not isinstance(classes, int):  # a symbol, in `jax.export`
+        return step(carry, 0, classes)
     most = max(1, min(max_classes, classes) // 128)
     size = 128 * min(range(-(-3 * most // 4), most + 1), key=lambda lanes: (classes // 128 % lanes, -lanes))
     size = classes if max_classes >= classes else min(classes, size)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 
 from . import _checks
 from ._elementary import product, soft_capped, weighted
@@ -62,12 +61,12 @@ class Options(NamedTuple):
     z_loss: Array | None
 
     @classmethod
-    def of(cls, function: str, dtype, ndim: int, shards: ClassShards, given: dict[str, ArrayLike | None]) -> "Options":
+    def of(cls, function: str, dtype, ndim: int, shards: ClassShards, given: dict[str, Any]) -> "Options":
         """`given` for logits of `ndim` axes."""
         smoothing, weights, cap, z_loss = (given.get(name) for name in cls._fields)
 
         def number(name: str, value: Any, high: float, **bounds: Any):
-            if value is None or (isinstance(value, int | float) and value == 0 and not bounds):
+            if value is None or (isinstance(value, int | float) and value is not False and value == 0 and not bounds):
                 return None
             return _checks.scalar(function, name, value, dtype, 0, high, **bounds)
 
@@ -139,7 +138,8 @@ def combined(row: Row, options: Options, selection: Selection, shards: ClassShar
             share = share if share.ndim == 0 else share[..., 0]
             loss = weighted(1 - smoothing, loss) + weighted(share, row.target_loss)
     if options.z_loss is not None:
-        loss = loss + options.z_loss * (row.shift + row.log_sum) ** 2
+        log_normalizer = row.shift + row.log_sum
+        loss = loss + (options.z_loss * log_normalizer) * log_normalizer  # its square may overflow, and 0·inf is NaN
     return loss if selection.row_mask is None else jnp.where(selection.row_mask, loss, 0)
 
 

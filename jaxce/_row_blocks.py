@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from . import _checks
@@ -33,7 +34,7 @@ def max_rows(layer: Layer, features: int) -> int:
     W. B is 1024: of 2048 rows, a twentieth faster, the float32 logits alone would take 1 GiB for 128,256 classes.
     """
     if layer.on_cpu:
-        return min(512, max(128, min(2**24 // layer.classes, 2 * features // 3)))
+        return min(512, max(128, min(2**24 // _checks.known(layer.classes, 2**15), 2 * features // 3)))
     return 1024
 
 
@@ -57,7 +58,7 @@ class RowBlocks(NamedTuple):
     def of(cls, lead: tuple[int, ...], parts: tuple[int, ...], max_rows: int) -> "RowBlocks":
         rows = math.prod(lead)
         part_rows = rows // math.prod(parts)
-        blocks = max(1, min(-(-rows // max_rows), part_rows))
+        blocks = max(1, min(-(-rows // max_rows), part_rows)) if isinstance(rows, int) else 1
         return cls(lead, parts, blocks, -(-part_rows // blocks))
 
     @property
@@ -146,13 +147,16 @@ def _hoisted(
     """The loss of one block as a function of `consts` too, to which is added what it closes over."""
 
     def block_loss(logits, *rows):
-        losses, aux = loss_fn(logits, *rows) if has_aux else (loss_fn(logits, *rows), None)
-        size = logits.shape[0]
-        if jnp.shape(losses) != (size,) or not jnp.issubdtype(jnp.result_type(losses), jnp.floating):
-            got = f"{jnp.result_type(losses)}{list(jnp.shape(losses))}"
-            raise _checks.value_error(function, "the result of loss_fn", got, f"floating losses of shape ({size},)")
-        aux = jax.tree.map(lambda a: _checks.leading(function, "aux of loss_fn", jnp.asarray(a), (size,)), aux)
-        return losses.astype(layer.sum_dtype), aux
+        out, size = loss_fn(logits, *rows), logits.shape[0]
+        pair = isinstance(out, tuple | list) and len(out) == 2
+        losses: Any = out[0] if has_aux and pair else out
+        aux = out[1] if has_aux and pair else None
+        is_array = isinstance(losses, Array | np.ndarray) and pair == has_aux
+        if not is_array or losses.shape != (size,) or not jnp.issubdtype(losses.dtype, jnp.floating):
+            wanted = f"floating losses of shape ({size},), or with has_aux=True (losses, aux)"
+            raise _checks.value_error(function, "the result of loss_fn", _checks.described(losses), wanted)
+        aux = jax.tree.map(lambda a: _checks.leading(function, "aux of loss_fn", a, (size,), "as x"), aux)
+        return jnp.asarray(losses, layer.sum_dtype), aux
 
     def of_one_block(x, w, bias, rows):
         first = (0,) * (1 + len(blocks.part_axes))

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from . import _labels
+from ._checks import known
 from ._options import Selection, Values, prepared, statistics_dtype
 from ._rule import Sums, joined, row_of, sums
 from ._sharding import ClassShards, devices
@@ -135,7 +136,7 @@ def keeps_exponentials(values: Values, selection: Selection) -> bool:
     Test: test_gradient_of_narrow_rows_is_made_of_their_exponentials; the benchmark, on jax 0.10, logits from a matmul.
     """
     without_cast = values.logits.dtype == statistics_dtype(values.logits) and _only_casts(values, selection)
-    return without_cast and (values.logits.shape[-1] < 128 or jax.__version_info__[:2] == (0, 10))
+    return without_cast and (known(values.logits.shape[-1], 128) < 128 or jax.__version_info__[:2] == (0, 10))
 
 
 def _only_casts(values: Values, selection: Selection) -> bool:
@@ -216,7 +217,7 @@ def rows_per_block(logits: Array) -> int | None:
     are for a single device only, and not where an Explicit mesh shards it.
     """
     rows, row_bytes = math.prod(logits.shape[:-1]), 4 * logits.shape[-1]
-    if rows * row_bytes < SMALL or jax.device_count() > 1 or any(jax.typeof(logits).sharding.spec):
+    if known(rows * row_bytes, 0) < SMALL or jax.device_count() > 1 or any(jax.typeof(logits).sharding.spec):
         return None
     size = max(1, BLOCK // row_bytes)
     return size if size < rows else None
@@ -248,8 +249,8 @@ def _in_row_blocks(f, first, lead: tuple[int, ...], size: int, args):
     def part(a, i):
         if a.shape[: len(lead)] != lead:
             return a.reshape(1, *a.shape[len(lead) :]) if a.ndim else a
-        # `dynamic_slice` moves the last block to be inside the array: it repeats some rows, which `join` drops.
-        return lax.dynamic_slice_in_dim(a.reshape(rows, *a.shape[len(lead) :]), i * size, size)
+        start = jnp.minimum(i * size, rows - size)  # the last block repeats some rows, which `join` drops
+        return lax.dynamic_slice_in_dim(a.reshape(rows, *a.shape[len(lead) :]), start, size)
 
     def block(i):
         return jax.tree.map(lambda a: part(a, i), args)

@@ -17,6 +17,7 @@ from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ._checks import known
 from ._rule import Sums, about
 
 
@@ -106,7 +107,7 @@ def parts_of(a: Array, axis: int) -> int:
     explicit = _sizes(a, AxisType.Explicit)
     names = jax.typeof(a).sharding.spec[axis] if explicit else None
     shards = math.prod(explicit.get(name, 1) for name in (names if isinstance(names, tuple) else (names,)))
-    return shards * math.gcd(a.shape[axis] // shards, math.prod(_sizes(a, AxisType.Auto).values()))
+    return shards * math.gcd(known(a.shape[axis] // shards, 1), math.prod(_sizes(a, AxisType.Auto).values()))
 
 
 def gathered(a: Array, axis: int) -> Array:
