@@ -128,7 +128,8 @@ def mesh_axis(function: str, axis_name: Any) -> Any:
 def class_axes(function: str, axis: Axes, shape: tuple[int, ...]) -> tuple[int, ...]:
     """`axis` as axes counted from the end, so that they mean the same after broadcasting adds leading axes."""
     ndim = len(shape)
-    given = range(ndim) if axis is None else axis if isinstance(axis, Sequence) else (axis,)
+    several = isinstance(axis, Sequence) and not isinstance(axis, str)
+    given = range(ndim) if axis is None else axis if several else (axis,)
     axes = tuple(index(function, "axis", a, "an int, a tuple of ints or None") for a in given)
     if not all(-ndim <= a < ndim for a in axes):
         raise value_error(function, "axis", f"{axis!r}", f"axes of logits, which have shape {shape}")

@@ -4,6 +4,8 @@ A label is INVALID when it is outside [0, K) or names a masked class. Its row's 
 of such a label is NaN, and spreads. A row that does not count has label 0, and is set to 0 at the end.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -36,6 +38,7 @@ def ignored(function: str, labels: Array, ignore_index: ArrayLike) -> Array:
     return labels.astype(dtype) == index.astype(dtype)
 
 
+@functools.partial(jax.jit, static_argnums=3)
 def class_ids(labels: Array, class_mask: Array | None, row_mask: Array | None, shards: ClassShards) -> Array:
     """Labels [...] as they are used inside."""
     labels = signed(labels)

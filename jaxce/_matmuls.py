@@ -114,7 +114,7 @@ class Layer(NamedTuple):
             update = update + lax.dynamic_slice_in_dim(total, start, size, self.class_axis)
             return lax.dynamic_update_slice_in_dim(total, update, start, self.class_axis)
 
-        return over_classes(add, total, self.classes, DW_TILE // max(1, x.shape[1]))
+        return over_classes(add, total, self.classes, DW_TILE // max(1, _checks.known(x.shape[1], 2**10)))
 
     def take(self, a: Array, start, size: int, axis: int = 0) -> Array:
         """Of an array with all classes along `axis`, those of the block: `size` of each part, from `start`."""

@@ -27,7 +27,6 @@ SMALL = 64 * 2**20  # bytes of float32 logits, below which XLA's buffers are rec
 BLOCK = 4 * 2**20  # bytes of float32 logits in a block: within the caches, and enough work for each thread
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # or each eager call would compile its branches anew
 def class_sums(shards: ClassShards, with_entropy, differentiated, values: Values, selection: Selection) -> Sums:
     """The `Sums` of this shard's classes for each row. `differentiated`: their gradient will follow."""
     on_cpu = functools.partial(_on_cpu, shards, with_entropy, differentiated)

@@ -28,6 +28,7 @@ def row_statistics(values: Values, selection: Selection, shards: ClassShards, wi
 @functools.cache
 def _rule_of(shards: ClassShards, with_entropy: bool, differentiated: bool = False):
     @jax.custom_vjp
+    @jax.jit  # or each eager call would compile its branches anew
     def rule(values, selection):
         s = shards.joined(_schedule.class_sums(shards, with_entropy, differentiated, values, selection))
         row, correct = _rule.row_of(s), None

@@ -1,10 +1,12 @@
 """Losses that fused_linear serves (distillation, focal, DPO, …), each equal to itself with all the logits at hand."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxce import fused_linear, softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
+from jaxce import fused_linear, linear_cross_entropy, softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
 
 from ..helpers import assert_all_close, assert_close, head, logits, random_labels
 
@@ -117,3 +119,36 @@ def test_gradient_of_a_closed_over_python_number():
         return fused_linear(lambda z, y: scale * softmax_cross_entropy_with_integer_labels(z, y))(x, w, labels)
 
     assert_close(jax.grad(total)(1.3), total(1.0), "float32", factor=4)
+
+
+def test_typed_keys_as_row_arguments_and_closed_over():
+    """Noise of each row, from its own key, and from one that all rows share. Blocks repeat some rows."""
+    keys, key = jax.random.split(jax.random.key(1), N), jax.random.key(2)
+
+    def noisy(z, keys):
+        own, shared = jax.vmap(lambda k: jax.random.normal(k, (K,)))(keys), jax.random.normal(key, (K,))
+        return jax.nn.logsumexp(z + own + shared[None], -1)
+
+    def materialized(x, w):
+        return noisy(x @ w, keys).mean(), keys
+
+    for reduction in ("mean", "none"):
+
+        def fused(x, w, reduction=reduction):
+            of_rows = fused_linear(lambda z, k: (noisy(z, k), k), reduction=reduction, has_aux=True, block_size=8)
+            loss, aux = of_rows(x, w, keys)
+            return loss.mean(), aux
+
+        (got, aux), gradients = jax.jit(jax.value_and_grad(fused, (0, 1), has_aux=True))(logits(N, D), logits(D, K))
+        (wanted, _), truth = jax.jit(jax.value_and_grad(materialized, (0, 1), has_aux=True))(logits(N, D), logits(D, K))
+        assert_all_close((got, gradients), (wanted, truth), tolerance=3e-6)
+        assert (aux == keys).all()
+
+
+def test_4_bit_integers_as_labels_and_row_arguments():
+    loss, y = softmax_cross_entropy_with_integer_labels, random_labels(N, classes=7)
+    by_classes = partial(linear_cross_entropy, recompute=True)
+    for few in (y.astype("int4"), y.astype("uint4")):
+        for fused in (fused_linear(loss, block_size=8), linear_cross_entropy, by_classes):
+            fused_few, materialized = (lambda x, w, f=fused, y=few: f(x, w, y)), (lambda x, w: loss(x @ w, y).mean())
+            assert_same(fused_few, materialized, logits(N, D), logits(D, 7))

@@ -44,8 +44,24 @@ def test_the_check_disturbs_no_transform(transform):
     transformed = transform(checked_loss)
     results = transformed(Z, LABELS)
     assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(results))
-    again = transformed(Z, LABELS.at[1].set(K))
-    assert any(np.isnan(leaf).any() for leaf in jax.tree.leaves(again))
+    if transform in [TRANSFORMS[name] for name in ("plain", "grad", "jvp")]:  # labels are concrete
+        with pytest.raises(ValueError, match=r"^check_labels: labels has 5 in row 1 .*, wanted 0 to 4"):
+            transformed(Z, LABELS.at[1].set(K))
+    else:
+        again = transformed(Z, LABELS.at[1].set(K))
+        assert any(np.isnan(leaf).any() for leaf in jax.tree.leaves(again))
+
+
+@pytest.mark.parametrize("as_given", [jnp.asarray, np.asarray, list])
+def test_concrete_labels_raise(as_given):
+    labels: Any = as_given([2, 7, 0])
+    with pytest.raises(ValueError, match=r"^check_labels: labels has 7 in row 1 .*, wanted 0 to 4$"):
+        jaxce.check_labels(labels, np.int64(5))
+    jaxce.check_labels(labels, 2**70)
+    jaxce.check_labels(labels, 5, ignore_index=7)
+    jaxce.check_labels(labels, 5, np.array([True, False, True]))
+    with pytest.raises(ValueError, match="labels has -1 in row 0"):
+        jaxce.check_labels(-1, 5)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +94,8 @@ def test_checkify_is_content_with_rows_that_do_not_take_part():
     [
         (jnp.zeros(3), 5, {}, TypeError, "labels is of dtype float32, wanted an integer dtype"),
         (LABELS, 0, {}, ValueError, "num_classes is 0, wanted at least 1"),
+        (LABELS, 4.5, {}, TypeError, "num_classes is 4.5, wanted an int"),
+        (LABELS, True, {}, TypeError, "num_classes is True, wanted an int"),
         (
             LABELS,
             5,

@@ -13,6 +13,7 @@ import pytest
 from jaxce import linear_cross_entropy
 
 from ..helpers import (
+    assert_all_close,
     assert_close,
     dense_loss,
     integer_loss,
@@ -83,6 +84,31 @@ def test_labels_beyond_32_bits_do_not_wrap_around():
     np.testing.assert_array_equal(np.isnan(integer_loss(logits(N, K), labels)), [True, True, False, True])
     unsigned = np.array([2**64 - 1, 2**63, 2**32, 1], np.uint64)
     np.testing.assert_array_equal(np.isnan(integer_loss(logits(N, K), unsigned)), [True, True, True, False])
+
+
+UNSIGNED = np.array([2, 2**32 - 1, 2**31, 1], np.uint32)
+
+
+@pytest.mark.parametrize("label", [2**32 - 1, 2**31])
+@pytest.mark.parametrize("wide", [False, True])
+def test_ignore_index_beyond_int32_is_one_label(label, wide):
+    """Given like the labels, or as any other integer."""
+    before = jax.config.read("jax_enable_x64")
+    jax.config.update("jax_enable_x64", wide)
+    try:
+        for index in (jnp.uint32(label), np.uint32(label), *([label, np.int64(label), np.uint64(label)] * wide)):
+            for loss in (
+                integer_loss(logits(N, K), UNSIGNED, ignore_index=index),
+                linear_cross_entropy(logits(N, 3), logits(3, K), UNSIGNED, ignore_index=index, reduction="none"),
+            ):
+                np.testing.assert_array_equal(loss == 0, UNSIGNED == label)
+                np.testing.assert_array_equal(np.isnan(loss), (UNSIGNED > K) & (UNSIGNED != label))
+    finally:
+        jax.config.update("jax_enable_x64", before)
+    for index in (label, np.int64(label), np.uint64(label)):
+        assert integer_loss(logits(N, K), UNSIGNED, ignore_index=index)[list(UNSIGNED).index(label)] == 0
+    for smaller in (np.int8, np.int32, np.uint8):  # 2**32 − 1 is not −1, nor 255
+        assert np.isnan(integer_loss(logits(N, K), np.array([1, -1, 1, 1]).astype(smaller), ignore_index=label)[1])
 
 
 def test_64_bit_labels(x64):
@@ -190,6 +216,45 @@ def test_target_mass_on_minus_inf_is_inf():
         assert np.isfinite(dense_loss(z, t, **options)).all()
         assert np.isfinite(integer_loss(z, jnp.array([0, 1, 3, 4]), label_smoothing=0.1, **options)).all()
     assert (integer_loss(z, jnp.full(N, 2), class_weights=weights) == 0).all()
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+def test_z_loss_of_zero_is_none_where_the_square_overflows(dtype, reduction, x64):
+    """At the largest numbers the log-normalizer's square is infinite. A traced 0 times it is still 0."""
+    largest = jnp.finfo(dtype).max
+    z, labels = jnp.stack([jnp.full(K, -largest), jnp.full(K, largest), logits(K, dtype=dtype)]), jnp.array([0, 1, 2])
+    w = jnp.eye(K, dtype=z.dtype)
+    for loss in (
+        lambda z, o: integer_loss(z, labels, z_loss=o),
+        lambda z, o: dense_loss(z, jax.nn.one_hot(labels, K), z_loss=o),
+        lambda z, o: linear_cross_entropy(z / 2, w, labels, z_loss=o, reduction=reduction),
+        lambda z, o: linear_cross_entropy(z / 2, w, labels, z_loss=o, reduction="sum", recompute=True),
+    ):
+        wanted = with_gradient(lambda z, f=loss: f(z, 0.0), z)
+        got = jax.jit(lambda z, o, f=loss: with_gradient(lambda z: f(z, o), z))(z, 0.0)
+        assert_all_close(got, wanted, tolerance=1e-6)
+        assert all(np.isfinite(a).all() for a in got)
+    rate = jax.jit(jax.grad(lambda o: integer_loss(logits(K), 1, z_loss=o)))(0.0)
+    np.testing.assert_allclose(rate, jax.nn.logsumexp(logits(K)) ** 2, 1e-6)
+
+
+@pytest.mark.parametrize("axis", [-1, 0])
+@pytest.mark.parametrize("smoothing", [0.0, jnp.float32(0.0)])
+def test_infinite_weight_of_an_absent_class_counts_for_nothing(axis, smoothing):
+    """1/frequency of a class that does not occur, in both forms."""
+    z, labels, weights = logits(N, K), jnp.array([0, 1, 3, 4]), jnp.array([1.0, 2.0, jnp.inf, 0.5, 3.0])
+    one_hot = jax.nn.one_hot(labels, K)
+    wanted = loss_and_gradient(integer_loss, z, labels, class_weights=weights.at[2].set(1))
+    dense = dense_loss if axis == -1 else lambda z, t, **o: dense_loss(z.T, t.T, 0, **o)
+    got = jax.jit(
+        lambda z: with_gradient(lambda z: dense(z, one_hot, class_weights=weights, label_smoothing=smoothing), z)
+    )(z)
+    assert_all_close(got, wanted, tolerance=1e-6)
+    assert_all_close(loss_and_gradient(integer_loss, z, labels, class_weights=weights), wanted, tolerance=1e-6)
+    for recompute in (True, False):
+        loss = linear_cross_entropy(z, jnp.eye(K), labels, class_weights=weights, reduction="sum", recompute=recompute)
+        np.testing.assert_allclose(loss, wanted[0].sum(), 1e-6)
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])

@@ -14,15 +14,16 @@ LOGITS, LABELS, DENSE = jnp.zeros((3, 4)), jnp.zeros(3, jnp.int32), jnp.zeros((3
 NOT_CLASSES = "a shape that broadcasts against logits (3, 4) and keeps their classes"
 NOT_MASK = "a shape that broadcasts to (3, 4) (a mask of classes) or (3,) (of rows), with as many axes"
 NOT_ROWS = "(3,), that of logits without their class axes"
+NOT_ARRAY = "wanted an array; JAX says: "
 
 # Logits, targets, keywords, the error, and its message after the function's name; `None`: this form's good targets.
 BOTH_ERRORS = [
     (jnp.zeros((3, 4), jnp.int32), None, {}, TypeError, "logits is of dtype int32, wanted a floating dtype"),
     (jnp.zeros((3, 4), bool), None, {}, TypeError, "logits is of dtype bool, wanted a floating dtype"),
     (jnp.zeros((3, 4), "complex64"), None, {}, TypeError, "logits is of dtype complex64, wanted a floating dtype"),
-    ("logits", None, {}, TypeError, "logits is str, wanted an array"),
-    (None, None, {}, TypeError, "logits is NoneType, wanted an array"),
-    ([[1.0, 2.0], [3.0]], None, {}, TypeError, "logits is list, wanted an array"),
+    ("logits", None, {}, TypeError, f"logits is str, {NOT_ARRAY}Value 'logits' with dtype"),
+    (None, None, {}, TypeError, f"logits is NoneType, {NOT_ARRAY}None is not"),
+    ([[1.0, 2.0], [3.0]], None, {}, TypeError, f"logits is list, {NOT_ARRAY}setting an array element with a sequence"),
     (LOGITS, None, {"axis": 2}, ValueError, "axis is 2, wanted axes of logits, which have shape (3, 4)"),
     (LOGITS, None, {"axis": -3}, ValueError, "axis is -3, wanted axes of logits, which have shape (3, 4)"),
     (LOGITS, None, {"axis": (0, 5)}, ValueError, "axis is (0, 5), wanted axes of logits, which have shape (3, 4)"),
@@ -42,21 +43,53 @@ BOTH_ERRORS = [
     (LOGITS, None, {"where": jnp.ones((2, 4), bool)}, ValueError, f"where is of shape (2, 4), wanted {NOT_MASK}"),
     (LOGITS, None, {"where": jnp.ones(4, bool)}, ValueError, f"where is of shape (4,), wanted {NOT_MASK}"),
     (LOGITS, None, {"where": jnp.ones((), bool)}, ValueError, f"where is of shape (), wanted {NOT_MASK}"),
+    (LOGITS, None, {"axis": jnp.float32(1.9)}, TypeError, "axis is Array(1.9, dtype=float32), wanted an int, a"),
+    (LOGITS, None, {"axis": np.array([1])}, TypeError, "axis is array([1]), wanted an int, a tuple of ints or None"),
+    (LOGITS, None, {"axis": 2**70}, ValueError, f"axis is {2**70}, wanted axes of logits, which have shape (3, 4)"),
+    (LOGITS, None, {"axis_name": "shards"}, ValueError, "axis_name is 'shards', wanted a mesh axis of the jax"),
+    (LOGITS, None, {"axis_name": 1}, ValueError, "axis_name is 1, wanted a mesh axis of the jax.shard_map"),
+    (LOGITS, None, {"label_smoothing": True}, TypeError, "label_smoothing is of dtype bool, wanted a number"),
+    (LOGITS, None, {"label_smoothing": False}, TypeError, "label_smoothing is of dtype bool, wanted a number"),
+    (LOGITS, None, {"logit_cap": np.True_}, TypeError, "logit_cap is of dtype bool, wanted a number"),
+    (LOGITS, None, {"z_loss": jnp.array(True)}, TypeError, "z_loss is of dtype bool, wanted a number"),
+    (LOGITS, None, {"z_loss": 10**400}, ValueError, f"z_loss is int, {NOT_ARRAY}int too large"),
 ]
+# What JAX refuses as an array, and what the message says of it.
+NO_ARRAYS = {
+    "objects": (np.array([1, 2, 0], object), "ndarray of dtype object"),
+    "strings": (np.array(["a", "b", "c"]), "ndarray of dtype <U1"),
+    "longdouble": (np.array([1, 2, 0], np.longdouble), f"ndarray of dtype {np.dtype(np.longdouble)}"),
+    "masked integers": (np.ma.array([1, 2, 0], mask=[0, 1, 0]), "MaskedArray of dtype int64"),
+    "masked floats": (np.ma.array([1.0, 2, 0], mask=[0, 1, 0]), "MaskedArray of dtype float64"),
+    "ragged": ([[1], [1, 2]], "list"),
+    "beyond 32 bits": ([1, 2**32, 0], "list"),
+    "beyond 64 bits": ([1, 2**70, 0], "list"),
+}
 INTEGER_ERRORS = [
     (LOGITS, jnp.zeros(3), {}, TypeError, "labels is of dtype float32, wanted an integer dtype"),
     (LOGITS, jnp.zeros(3, bool), {}, TypeError, "labels is of dtype bool, wanted an integer dtype"),
-    (LOGITS, "label", {}, TypeError, "labels is str, wanted an array"),
+    (LOGITS, "label", {}, TypeError, f"labels is str, {NOT_ARRAY}Value 'label"),
     (LOGITS, jnp.zeros(4, jnp.int32), {}, ValueError, f"labels is of shape (4,), wanted {NOT_ROWS}"),
     (LOGITS, jnp.zeros((3, 4), jnp.int32), {}, ValueError, f"labels is of shape (3, 4), wanted {NOT_ROWS}"),
     (LOGITS, jnp.zeros((), jnp.int32), {}, ValueError, f"labels is of shape (), wanted {NOT_ROWS}"),
+    (LOGITS, None, {"ignore_index": 2**70}, ValueError, f"ignore_index is int, {NOT_ARRAY}Python int"),
+    (LOGITS, None, {"ignore_index": True}, TypeError, "ignore_index is of dtype bool, wanted an integer dtype"),
+    (LOGITS, None, {"ignore_index": [1, 2]}, ValueError, "ignore_index is of shape (2,), wanted (), a scalar"),
     (jnp.zeros((3, 0)), LABELS, {}, ValueError, "logits is of shape (3, 0), wanted at least one class along axis -1"),
 ]
 DENSE_ERRORS = [
     (LOGITS, jnp.zeros((3, 4), "complex64"), {}, TypeError, "labels is of dtype complex64, wanted a real dtype"),
-    (LOGITS, "labels", {}, TypeError, "labels is str, wanted an array"),
+    (LOGITS, "labels", {}, TypeError, f"labels is str, {NOT_ARRAY}Value 'label"),
     (LOGITS, jnp.zeros((2, 4)), {}, ValueError, f"labels is of shape (2, 4), wanted {NOT_CLASSES}"),
     (LOGITS, jnp.zeros(3), {}, ValueError, f"labels is of shape (3,), wanted {NOT_CLASSES}"),
+    (
+        jnp.zeros((4, 4)),
+        jnp.arange(4),
+        {},
+        ValueError,
+        "labels is of an integer dtype and shape (4,), wanted as many axes as logits (4, 4), or for class ids "
+        "softmax_cross_entropy_with_integer_labels",
+    ),
     (jnp.zeros((3, 1)), DENSE, {}, ValueError, f"labels is of shape (3, 4), wanted {NOT_CLASSES.replace('4', '1')}"),
     (
         jnp.zeros((3, 0)),
@@ -78,8 +111,23 @@ ERRORS = [
 def test_errors_name_function_argument_got_and_wanted(form, logits, targets, keywords, error, message):
     loss = LOSSES[form]
     targets = (LABELS if form == "integer" else DENSE) if targets is None else targets
-    with pytest.raises(error, match=f"^{re.escape(f'{loss.__name__}: {message}')}$"):
+    end = "" if NOT_ARRAY in message or "axis" in message else "$"
+    with pytest.raises(error, match=f"^{re.escape(f'{loss.__name__}: {message}')}{end}"):
         loss(logits, targets, **keywords)
+
+
+@pytest.mark.parametrize("name", NO_ARRAYS)
+def test_what_is_no_array_is_described_and_jax_quoted(name):
+    value, described = NO_ARRAYS[name]
+    for argument, call in {
+        "labels": lambda: integer_loss(LOGITS, value),
+        "logits": lambda: integer_loss(value, LABELS),
+        "where": lambda: dense_loss(LOGITS, DENSE, where=value),
+        "class_weights": lambda: dense_loss(LOGITS, DENSE, class_weights=value),
+        "ignore_index": lambda: integer_loss(LOGITS, LABELS, ignore_index=value),
+    }.items():
+        with pytest.raises((TypeError, ValueError), match=f": {argument} is {described}, {NOT_ARRAY}."):
+            call()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -104,6 +152,12 @@ def test_option_out_of_range(loss_fn, option):
     for call in (static, jax.jit(static)):
         with pytest.raises(ValueError, match=f"{loss_fn.__name__}: {name} is {value}, wanted a number in "):
             call(z, labels)
+    for concrete in map(jnp.dtype, ("float32", "float64", "bfloat16", "int8")):
+        given = np.asarray(np.sign(value) * np.ceil(abs(value)), concrete)  # 2 and −1, which int8 has too
+        for o in (given, given[()], *([jnp.asarray(given)] if concrete.itemsize < 8 else ())):
+            for transform in (lambda f: f, jax.jit):
+                with pytest.raises(ValueError, match=f"{name} is .*, wanted a number in "):
+                    transform(lambda z, o=o: loss_fn(z, labels, **{name: o}))(z)
     traced = jax.jit(lambda z, o: loss_fn(z, labels, **o))(z, {name: jnp.float32(value)})
     assert np.isnan(traced).all()
     with pytest.raises(ValueError, match=name):

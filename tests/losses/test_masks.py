@@ -56,6 +56,24 @@ def test_masked_and_ignored_rows_are_left_out(form, options):
         assert (loss[~keep] == 0).all() and (gradient[~keep] == 0).all()
 
 
+@pytest.mark.parametrize("keep", [[True, False, True], [[True] * 5, [False] * 5, [True, False, True, True, True]]])
+@pytest.mark.parametrize("axis", [-1, 0])
+def test_mask_of_rows_that_only_the_labels_have(axis, keep):
+    """Logits whose row axis is 1 broadcast with the labels, and so does the mask: of rows or of classes."""
+    z, labels, keep = logits(1, 5), jnp.array([0, 1, 2]), jnp.array(keep)
+    moved = keep.T if axis == 0 and keep.ndim == 2 else keep
+    wanted = integer_loss(jnp.broadcast_to(z, (3, 5)), labels, where=keep, label_smoothing=0.1)
+    got = integer_loss(z.T if axis == 0 else z, labels, axis, moved, label_smoothing=0.1)
+    np.testing.assert_array_equal(got, wanted)
+    np.testing.assert_array_equal(got == 0, [False, True, False])
+    assert_close(dense_loss(z, jax.nn.one_hot(labels, 5), where=keep, label_smoothing=0.1), wanted, "float32")
+    got, wanted = (jaxce.label_statistics(a, labels, where=keep) for a in (z, jnp.broadcast_to(z, (3, 5))))
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+    slope = jax.grad(lambda z: integer_loss(z, labels, where=keep).sum())(z)
+    full = jax.grad(lambda z: integer_loss(z, labels, where=keep).sum())(jnp.broadcast_to(z, (3, 5)))
+    assert_close(slope[0], full.sum(0), "float32")
+
+
 @each_form
 @pytest.mark.parametrize("axis", [0, 1])
 def test_mask_of_rows_along_another_axis(form, axis):

@@ -29,6 +29,7 @@ POINT = (
 )
 SPECS = (P("rows"), P(None, "classes"), P("classes"), P("classes"), P())
 DIRECTION = direction_at(POINT)
+KEY = jax.random.key(3)
 
 
 def losses(*arguments, class_axis=-1, **options) -> Any:
@@ -126,3 +127,24 @@ def test_fused_linear_of_a_loss_that_sums_over_shards(closed_over):
     got = jax.jit(jax.grad(lambda *v: wrapped(*v, labels), (0, 1, 2, 3)))(*point)
     wanted = jax.jit(jax.grad(lambda *v: of(*v, labels, None), (0, 1, 2, 3)))(*point)
     assert_all_close(got, wanted, factor=4)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("spec", [P("rows"), P()])
+def test_row_arguments_without_arithmetic(spec, reduction):
+    """Typed keys and integers of 4 bits, by row or closed over: JAX does not add them up."""
+    x, w = logits(N, D), logits(D, 7)
+    rows = jax.random.split(jax.random.key(1), N), jnp.arange(N).astype(jnp.int4) % 7
+
+    def noisy(z, keys, y):
+        noise = jax.vmap(lambda k: jax.random.normal(k, (7,)))(keys) + jax.random.normal(KEY, (1, 7))
+        return softmax_cross_entropy_with_integer_labels(z + noise, y)
+
+    def loss(x, w, *rows):
+        total = fused_linear(noisy, reduction=reduction)(x, w, *rows).sum()
+        return lax.psum(total, "rows") if spec == P("rows") else total
+
+    gradients = jax.value_and_grad(loss, (0, 1))
+    got = jax.jit(on_shards(gradients, mesh_of((2,), ("rows",)), (spec, P(), spec, spec), (P(), (spec, P()))))
+    wanted = jax.jit(jax.value_and_grad(lambda x, w: noisy(x @ w, *rows).sum(), (0, 1)))(x, w)
+    assert_all_close(got(x, w, *rows), wanted, tolerance=3e-6)
