@@ -23,7 +23,7 @@ from jaxce import (
 from ..helpers import assert_all_close, cases, head, logits, probabilities, random_labels
 
 N, D, K = 6, 3, 5
-ALL = {"label_smoothing": 0.1, "logit_cap": 3.0, "z_loss": 0.1}
+ALL: dict[str, Any] = {"label_smoothing": 0.1, "logit_cap": 3.0, "z_loss": 0.1}
 
 
 def summed(f):
