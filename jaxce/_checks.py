@@ -128,8 +128,7 @@ def mesh_axis(function: str, axis_name: Any) -> Any:
 def class_axes(function: str, axis: Axes, shape: tuple[int, ...]) -> tuple[int, ...]:
     """`axis` as axes counted from the end, so that they mean the same after broadcasting adds leading axes."""
     ndim = len(shape)
-    several = isinstance(axis, Sequence) and not isinstance(axis, str)
-    given = range(ndim) if axis is None else axis if several else (axis,)
+    given = range(ndim) if axis is None else axis if isinstance(axis, tuple | list | range) else (axis,)
     axes = tuple(index(function, "axis", a, "an int, a tuple of ints or None") for a in given)
     if not all(-ndim <= a < ndim for a in axes):
         raise value_error(function, "axis", f"{axis!r}", f"axes of logits, which have shape {shape}")
@@ -196,11 +195,11 @@ def scalar(
     array = array.astype(dtype)
     if low is None or high is None:
         return array
-    if not isinstance(value, Tracer):
-        number = float(jax.device_get(value))
-        if not (low < number < high if open_interval else low <= number <= high):
-            brackets = "({}, {})" if open_interval else "[{}, {}]"
-            raise value_error(function, argument, f"{value}", "a number in " + brackets.format(low, high))
-        return array
-    inside = (array > low) & (array < high) if open_interval else (array >= low) & (array <= high)
-    return jnp.where(inside, array, jnp.nan)
+    number: Any = array if isinstance(value, Tracer) else np.float64(jax.device_get(value))
+    inside = (number > low) & (number < high) if open_interval else (number >= low) & (number <= high)
+    if isinstance(value, Tracer):
+        return jnp.where(inside, array, jnp.nan)
+    if not inside:
+        brackets = "({}, {})" if open_interval else "[{}, {}]"
+        raise value_error(function, argument, f"{value}", "a number in " + brackets.format(low, high))
+    return array

@@ -31,9 +31,8 @@ def signed(labels: Array) -> Array:
 def ignored(function: str, labels: Array, ignore_index: ArrayLike) -> Array:
     index = _checks.integer(function, "ignore_index", ignore_index)
     _checks.shape(function, "ignore_index", index, (), "a scalar")
-    if labels.dtype == index.dtype:
-        return labels == index
-    labels, index = signed(labels), signed(index)
+    if labels.dtype != index.dtype:
+        labels, index = signed(labels), signed(index)
     dtype = max(labels.dtype, index.dtype, key=lambda dtype: dtype.itemsize)
     return labels.astype(dtype) == index.astype(dtype)
 

@@ -254,13 +254,15 @@ def check_options(function, reduction, class_axis, dtype, block_size) -> tuple[i
     _checks.one_of(function, "class_axis", class_axis, (-1, 0), wanted)
     try:
         dtype = None if dtype is None else jax.dtypes.canonicalize_dtype(dtype)
+        fits = dtype is None or jnp.issubdtype(dtype, jnp.floating)
     except TypeError:
-        raise _checks.type_error(function, "dtype", repr(dtype), "a floating dtype") from None
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        fits = False
+    if not fits:
         raise _checks.type_error(function, "dtype", repr(dtype), "a floating dtype")
-    block_size = None if block_size is None else _checks.index(function, "block_size", block_size, "a positive int")
-    if block_size is not None and block_size < 1:
-        raise _checks.value_error(function, "block_size", repr(block_size), "a positive int")
+    if block_size is not None:
+        block_size = _checks.index(function, "block_size", block_size, "a positive int")
+        if block_size < 1:
+            raise _checks.value_error(function, "block_size", repr(block_size), "a positive int")
     return class_axis, dtype, block_size
 
 

@@ -1,6 +1,7 @@
 """Losses that fused_linear serves (distillation, focal, DPO, …), each equal to itself with all the logits at hand."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +135,7 @@ def test_typed_keys_as_row_arguments_and_closed_over():
 
     for reduction in ("mean", "none"):
 
-        def fused(x, w, reduction=reduction):
+        def fused(x, w, reduction: Any = reduction):
             of_rows = fused_linear(lambda z, k: (noisy(z, k), k), reduction=reduction, has_aux=True, block_size=8)
             loss, aux = of_rows(x, w, keys)
             return loss.mean(), aux
