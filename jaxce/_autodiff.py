@@ -148,7 +148,7 @@ def with_gradients(losses_of: Callable, gradients_of: Callable) -> Callable[[Any
         tangent = jnp.zeros_like(out)
         for gradient, direction in zip(gradients, _nonzero(tangents), strict=True):
             # Of weights, per row or class, gradients are infinite where losses are. For others it would cost a pass.
-            along = times if gradient.size == max(gradient.shape, default=1) else jnp.multiply
+            along = times if sum(n != 1 for n in gradient.shape) <= 1 else jnp.multiply
             slope = jnp.sum(along(direction.astype(out.dtype), gradient.astype(out.dtype)))
             tangent = tangent + reduced_as(slope, out)
         return (out, aux), (tangent, jax.tree.map(zero_from_primal, aux))
