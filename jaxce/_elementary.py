@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 
 exp = functools.partial(lax.exp, accuracy=lax.AccuracyMode.HIGHEST)
 expm1 = functools.partial(lax.expm1, accuracy=lax.AccuracyMode.HIGHEST)
@@ -33,14 +34,17 @@ def times(a: Array, b: Array) -> Array:
 
 @jax.custom_jvp
 def weighted(weight: Array, loss: Array) -> Array:
-    """`product`, whose derivatives are those of weight·loss, for tangents of 0 as `times` has them."""
+    """`product`. Its derivative by weight is the loss, infinite too and at weight 0, where autodiff has 0."""
     return product(weight, loss)
 
 
-@weighted.defjvp
+@functools.partial(weighted.defjvp, symbolic_zeros=True)  # a weight that is not perturbed costs nothing
 def _weighted_jvp(primals, tangents):
     (weight, loss), (weight_tangent, loss_tangent) = primals, tangents
-    return weighted(weight, loss), times(weight_tangent, loss) + weight * loss_tangent
+    out = weighted(weight, loss)
+    by_weight = 0 if isinstance(weight_tangent, SymbolicZero) else times(weight_tangent, loss)
+    by_loss = 0 if isinstance(loss_tangent, SymbolicZero) else weight * loss_tangent
+    return out, jnp.zeros_like(out) + by_weight + by_loss
 
 
 @jax.custom_jvp
