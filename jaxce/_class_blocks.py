@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from . import _labels, _rule
 from ._autodiff import with_backward
@@ -19,43 +20,50 @@ from ._schedule import single, sums_of_block
 from ._sharding import ClassShards, gathered, varying_as
 
 
-def max_classes(layer: Layer, rows: int, block_size: int | None) -> int:
+def max_classes(layer: Layer, rows: int, block_size: int | None, with_entropy: bool) -> int:
     """Classes per block of each part. Adding dx up costs R/C of three matmuls for C classes per block.
 
     R is the device's peak over its bandwidth: 295 on an H100, 240 on a TPU v5e. So C is 2048 there, or more where the
-    float32 logits of a block then still fit in 64 MiB. On CPU they fit in 32 MiB.
+    float32 logits of a block then still fit in 64 MiB. On CPU they fit in 32 MiB; with entropy together with the
+    four arrays that XLA makes of them there.
     """
     if block_size is not None:
         block_size = 128 * -(-block_size // 128)
     else:
         rows = known(rows, 2**13)
-        block_size = 2**23 // max(1, rows) if layer.on_cpu else max(2048, 2**24 // max(1, rows))
+        numbers = 2**23 // (5 if with_entropy else 1) if layer.on_cpu else 2**24
+        block_size = max(0 if layer.on_cpu else 2048, numbers // max(1, rows))
     return layer.devices * block_size // layer.parts
 
 
 def class_blocked_rows(
-    layer: Layer, inputs: Inputs, selection: Selection, block_size: int | None, shards: ClassShards
-) -> Row:
+    layer: Layer,
+    inputs: Inputs,
+    selection: Selection,
+    block_size: int | None,
+    shards: ClassShards,
+    with_entropy: bool = False,
+) -> tuple[Row, Array | None]:
     """The numbers of the rows [...] of x [..., D], differentiable with respect to `inputs`.
 
-    `inputs.others` is `Values` without logits.
+    `inputs.others` is `Values` without logits. With entropy, also 1.0 where the label is the first largest class.
     """
     static = shards, block_size
     inputs = varying_as(inputs, inputs, selection, shards.first())
 
     def forward(arguments):
-        return layer.by_platform(lambda layer, *arguments: _forward(layer, *static, *arguments), *arguments), None
+        loop = functools.partial(_forward, with_entropy=with_entropy)
+        return layer.by_platform(lambda layer, *arguments: loop(layer, *static, *arguments), *arguments)
 
     def backward(arguments, out, g, perturbed):
         loop = functools.partial(_backward, perturbed=perturbed[0])
         return layer.by_platform(lambda layer, *args: loop(layer, *static, *args), *arguments, out, g), None
 
-    row, _ = with_backward(forward, backward)((inputs, selection))
-    return row
+    return with_backward(forward, backward)((inputs, selection))
 
 
 def _block(layer: Layer, shards: ClassShards, inputs: Inputs, selection: Selection, start, size: int):
-    """w and `Values` of one block of classes, and which of its classes [..., C] are the labels."""
+    """Of one block of classes: w, `Values`, `Selection`, and its classes [1, ..., 1, C]."""
 
     def take(a):
         return None if a is None else layer.take(a, start, size, -1)
@@ -64,26 +72,33 @@ def _block(layer: Layer, shards: ClassShards, inputs: Inputs, selection: Selecti
     z = layer.logits(inputs.x, w, take(inputs.bias))
     ids = jnp.expand_dims(layer.take(shards.ids(), start, size), range(z.ndim - 1))
     values = inputs.others._replace(logits=z, class_weights=take(inputs.others.class_weights))
-    return w, values, ids == selection.labels[..., None]
+    selection = selection._replace(class_mask=take(selection.class_mask))
+    return w, values, selection, ids
 
 
-def _forward(layer: Layer, shards: ClassShards, block_size: int | None, inputs: Inputs, selection: Selection) -> Row:
+def _forward(layer: Layer, shards, block_size, inputs: Inputs, selection, with_entropy: bool):
     inputs = inputs._replace(w=gathered(inputs.w, 1 - layer.class_axis))
     labels = selection.labels
 
     @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2,))
     def step(total, start, size):
-        _, values, at_label = _block(layer, shards, inputs, selection, start, size)
-        z, t = prepared(values, selection)
-        return _rule.joined(total, sums_of_block(layer.on_cpu, z, at_label, t, None))
+        _, values, selected, ids = _block(layer, shards, inputs, selection, start, size)
+        z, t = prepared(values, selected)
+        at_label = ids == labels[..., None]
+        return _rule.joined(total, sums_of_block(layer.on_cpu, z, at_label, t, ids if with_entropy else None))
 
     zeros = varying_as(jnp.zeros(labels.shape, layer.sum_dtype), inputs)
     t = None if inputs.others.targets is None else zeros
-    nothing = single(zeros - jnp.inf, zeros > 0, t, None)
+    no_class = jnp.full_like(zeros, jnp.iinfo(jnp.int32).max, jnp.int32) if with_entropy else None
+    nothing = single(zeros - jnp.inf, zeros > 0, t, no_class)
     nothing = nothing._replace(logit=jnp.where(labels == _labels.INVALID, jnp.nan, zeros))
-    most = max_classes(layer, labels.size, block_size)
+    most = max_classes(layer, labels.size, block_size, with_entropy)
     s = over_classes(step, nothing, layer.classes // layer.parts, most)
-    return _rule.row_of(shards.joined(s))
+    s = shards.joined(s)
+    row, correct = _rule.row_of(s), None
+    if with_entropy:  # floating, since in shard_map no integer can have the tangent that JAX expects
+        correct = ((s.first == labels) & ~jnp.isnan(row.loss)).astype(layer.sum_dtype)
+    return row, correct
 
 
 def _backward(layer: Layer, shards, block_size, inputs: Inputs, selection, out: Row, g: Row, perturbed: Inputs):
@@ -94,9 +109,9 @@ def _backward(layer: Layer, shards, block_size, inputs: Inputs, selection, out: 
 
     @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(3,))
     def step(x_transposed, grads, start, size):
-        w, values, at_label = _block(layer, shards, inputs, selection, start, size)
-        (z, t), options_vjp = prepared_vjp(values, selection)
-        (dvalues,) = options_vjp(_rule.gradient(z, at_label, t, row, g))
+        w, values, selected, ids = _block(layer, shards, inputs, selection, start, size)
+        (z, t), options_vjp = prepared_vjp(values, selected)
+        (dvalues,) = options_vjp(_rule.gradient(z, ids == selection.labels[..., None], t, row, g))
         dz = dvalues.logits
 
         def put(total, block, axis=-1):
@@ -117,6 +132,6 @@ def _backward(layer: Layer, shards, block_size, inputs: Inputs, selection, out: 
     grads = grads if grads.x is None else grads._replace(x=grads.x.astype(layer.sum_dtype))
 
     step = functools.partial(step, layer.transposed(inputs.x) if perturbed.w else None)
-    most = max_classes(layer, selection.labels.size, block_size)
+    most = max_classes(layer, selection.labels.size, block_size, row.entropy is not None)
     grads = over_classes(step, grads, layer.classes // layer.parts, most)
     return grads if grads.x is None else grads._replace(x=grads.x.astype(inputs.x.dtype))

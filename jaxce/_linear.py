@@ -135,6 +135,7 @@ def linear_cross_entropy(
     reduction: Reduction = "mean",
     normalizer: ArrayLike | None = None,
     ignore_index: ArrayLike | None = None,
+    class_mask: Arrays | None = None,
     label_smoothing: ArrayLike = 0.0,
     class_weights: Arrays | None = None,
     logit_cap: ArrayLike | None = None,
@@ -158,6 +159,8 @@ def linear_cross_entropy(
         reduction, normalizer, dtype: see `fused_linear`. A mean without normalizer divides by Σ weights of the rows not
             ignored, each times its label's class weight, as PyTorch does.
         ignore_index: rows with this label are ignored. Any integer, a class or not.
+        class_mask: bool, with shape [num_classes], True for the classes that take part, such as those of a vocabulary
+            without its padding. A masked class has probability 0; its part of `w`, gradient 0, must still be finite.
         label_smoothing, class_weights, logit_cap, z_loss: see `softmax_cross_entropy`, where y is onehot(y).
         block_size: rows per block, as in `fused_linear`; or classes per block, rounded up to a multiple of 128, by
             default those whose float32 logits fit in 64 MiB, and at least 2048 (on a CPU, in 32 MiB).
@@ -165,13 +168,14 @@ def linear_cross_entropy(
             Default: classes where w is narrower than the float32 sums (a bfloat16 w), on one device or in
             `jax.shard_map`; else rows. With reduction="none", blocks are always of classes.
         axis_name: inside `jax.shard_map` (with check_vma=True), the mesh axis that the classes are split over. `w`,
-            `bias` and `class_weights` are the shard's. All shards hold equally many classes; a bias of −inf masks any
-            excess, unless label_smoothing or logit_cap is used.
+            `bias`, `class_weights` and `class_mask` are the shard's. All shards hold equally many classes: mask any
+            excess.
 
     Returns:
         The loss, in float32 (float64 for float64 operands), a scalar or [...] for "none". An ignored row has loss and
         gradient exactly 0, whatever `x` holds. If all rows are ignored, or there are none, loss and gradients are 0.
-        In other rows an invalid label makes the loss NaN, even with weight 0; `check_labels` finds it.
+        So it is if all classes are masked. In other rows a label that is invalid, or of a masked class, makes the loss
+        NaN, even with weight 0; `check_labels` finds those out of range.
 
     Raises:
         TypeError: a dtype is wrong.
@@ -194,7 +198,7 @@ def linear_cross_entropy(
     given = dict(label_smoothing=label_smoothing, class_weights=class_weights, logit_cap=logit_cap, z_loss=z_loss)
     shards = ClassShards(layer.classes, _checks.mesh_axis(function, axis_name))
     options = Options.of(function, layer.sum_dtype, x.ndim, shards, given)
-    x, selection = _masked(function, x, labels, ignore_index, shards)
+    x, selection = masked_rows(function, x, labels, class_mask, ignore_index, shards)
     if weights is not None and selection.row_mask is not None:
         weights = jnp.where(selection.row_mask, weights, 0)
     if reduction == "mean" and normalizer is None:
@@ -217,26 +221,38 @@ def _loss_of(layer: Layer, shards, by_classes, reduction, block_size, parts, x, 
         return with_uniform_targets(Values(logits, logit_cap=options.logit_cap), options, ndim, layer.sum_dtype)
 
     def loss_of_block(logits, selection):
+        selection = selection._replace(class_mask=class_mask)
         row, _ = row_statistics(values_of(logits, logits.ndim), selection, shards)
         return combined(row, options, selection, shards)
 
-    if not by_classes:
-        if options.class_weights is not None:  # for blocks [B, K]
-            options = options._replace(class_weights=options.class_weights.reshape(1, -1))
-        return _by_rows(layer, loss_of_block, False, reduction, block_size, parts, x, w, bias, (selection,), scale)[0]
-    row = class_blocked_rows(layer, Inputs(x, w, bias, values_of(None, x.ndim)), selection, block_size, shards)
+    if not by_classes:  # blocks [B, K]
+        per_class = options.class_weights, selection.class_mask
+        weights, class_mask = jax.tree.map(lambda a: a.reshape(1, -1), per_class)
+        options, rows = options._replace(class_weights=weights), selection._replace(class_mask=None)
+        return _by_rows(layer, loss_of_block, False, reduction, block_size, parts, x, w, bias, (rows,), scale)[0]
+    row, _ = class_blocked_rows(layer, Inputs(x, w, bias, values_of(None, x.ndim)), selection, block_size, shards)
     loss = combined(row, options, selection, shards)
     loss = loss if scale is None else weighted(scale, loss)
     return loss if reduction == "none" else jnp.sum(loss)
 
 
-def _masked(function, x, labels, ignore_index, shards) -> tuple[Array, Selection]:
-    """Rows to ignore are masked, and their x set to 0: a NaN there, times a gradient of 0, would reach dw."""
+def masked_rows(function, x, labels, class_mask, ignore_index, shards) -> tuple[Array, Selection]:
+    """Rows to ignore are masked, and their x set to 0: a NaN there, times a gradient of 0, would reach dw.
+
+    Without any class, no row counts.
+    """
     row_mask = None
+    if class_mask is not None:
+        class_mask = _checks.boolean(function, "class_mask", class_mask)
+        _checks.shape(function, "class_mask", class_mask, (shards.local,), "one bool for each class of w")
+        row_mask = jnp.broadcast_to(shards.total(class_mask.any().astype(jnp.int32)) > 0, labels.shape)
+        class_mask = jnp.expand_dims(class_mask, range(labels.ndim))
     if ignore_index is not None:
-        row_mask = ~_labels.ignored(function, labels, ignore_index)
+        kept = ~_labels.ignored(function, labels, ignore_index)
+        row_mask = kept if row_mask is None else row_mask & kept
+    if row_mask is not None:
         x = jnp.where(row_mask[..., None], x, 0)
-    return x, Selection(_labels.class_ids(labels, None, row_mask, shards), None, row_mask)
+    return x, Selection(_labels.class_ids(labels, class_mask, row_mask, shards), class_mask, row_mask)
 
 
 def _mean_divisor(layer: Layer, options: Options, weights, selection: Selection, shards: ClassShards) -> Array:

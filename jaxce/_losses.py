@@ -2,6 +2,7 @@
 
 from typing import NamedTuple, SupportsIndex
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.core import Tracer
@@ -12,7 +13,8 @@ from . import _checks
 from ._arguments import classes_last, labelled_rows, with_masks
 from ._checks import Arrays, Axes
 from ._labels import ignored, signed
-from ._options import Options, Values, combined, masked_mean, statistics_dtype, with_uniform_targets
+from ._options import Options, Selection, Values, combined, masked_mean, statistics_dtype, with_uniform_targets
+from ._rule import Row
 from ._sharding import in_auto
 from ._softmax import row_statistics
 
@@ -142,7 +144,7 @@ def softmax_cross_entropy_with_integer_labels(
 
 
 class LabelStatistics(NamedTuple):
-    """The four arrays that `label_statistics` returns, with shape [...]."""
+    """The four arrays that `label_statistics` and `linear_label_statistics` return, with shape [...]."""
 
     log_prob: Array
     log_normalizer: Array
@@ -192,12 +194,14 @@ def label_statistics(
     z, selection, shards = labelled_rows(function, logits, labels, axis, where, ignore_index, axis_name)
     options = Options.of(function, statistics_dtype(z), z.ndim, shards, dict(logit_cap=logit_cap))
     row, correct = row_statistics(Values(z, logit_cap=options.logit_cap), selection, shards, with_entropy=True)
-    numbers, correct = (-row.loss, row.shift + row.log_sum, row.entropy), correct > 0
-    if selection.row_mask is not None:
-        numbers = [jnp.where(selection.row_mask, n, 0) for n in numbers]
-        correct = correct & selection.row_mask
-    log_prob, log_normalizer, entropy = numbers
-    return LabelStatistics(log_prob, log_normalizer, entropy, correct)
+    return statistics_of(row, correct > 0, selection)
+
+
+def statistics_of(row: Row, correct: Array, selection: Selection) -> LabelStatistics:
+    """Of rows with labels, 0 and False for those that do not count."""
+    found = LabelStatistics(-row.loss, row.shift + row.log_sum, row.entropy, correct)
+    mask = selection.row_mask
+    return found if mask is None else jax.tree.map(lambda a: jnp.where(mask, a, jnp.zeros_like(a)), found)
 
 
 def check_labels(

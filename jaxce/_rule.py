@@ -30,15 +30,19 @@ from ._elementary import exp, expm1, log1p, product, times
 
 
 class Sums(NamedTuple):
-    """What some classes contribute. c is the label; without one (`logit` is None), the largest of these classes."""
+    """What some classes contribute. c is the label; without one, or for the entropy, the largest of these classes."""
 
     shift: Any  # m: the largest z_j, or for a label any shift, such as z_c
     rest: Any  # Σ_{j≠c} exp(z_j − m)
-    logit: Any  # z_c, or 0 where it is not among them
+    logit: Any  # the label's, or 0 where it is not among them; None without one
     mass: Any = None  # Σ_j t_j
     distance: Any = None  # Σ_j t_j (m − z_j)
-    moment: Any = None  # Σ_{j≠c} exp(z_j − m)(m − z_j)
+    moment: Any = None  # Σ_j exp(z_j − m)(m − z_j)
     first: Any = None  # the first class of logit m
+
+    @property
+    def without_largest(self) -> bool:
+        return self.logit is None or self.moment is not None
 
 
 class Row(NamedTuple):
@@ -55,25 +59,30 @@ class Row(NamedTuple):
 def sums(z: Array, m: Array, at_label: Array | None, logit: Array | None, t=None, ids=None) -> Sums:
     """The `Sums` of logits z [..., K], about the shift m [...]."""
     shift = jnp.maximum(m[..., None], jnp.finfo(z.dtype).min)  # −inf − −inf would be NaN
-    largest = z == shift
-    e = jnp.where(largest if at_label is None else at_label, 0, exp(z - shift))
-    equals = 0 if at_label is not None else largest.sum(-1, dtype=z.dtype) - 1  # of c, each as large as it
+    largest, first, equals = z == shift, None, 0
+    at_c = largest if at_label is None else at_label
+    if ids is not None:  # without a count of equals, on a CPU one more array
+        first = jnp.where(largest, ids, jnp.iinfo(ids.dtype).max).min(-1)
+        at_c = ids == first[..., None]
+    elif at_label is None:
+        equals = largest.sum(-1, dtype=z.dtype) - 1  # of c, each as large as it
+    e = jnp.where(at_c, 0, exp(z - shift))
 
     def below(weight):  # Σ weight·(m − z). If z is a product, an FMA may make m − z nonzero at the largest.
         return jnp.where(largest, 0, product(weight, shift - z)).sum(-1)
 
-    s = Sums(m, e.sum(-1) + equals, logit)
+    s = Sums(m, e.sum(-1) + equals, logit, first=first)
     if t is not None:
         s = s._replace(mass=jnp.broadcast_to(t.sum(-1), m.shape), distance=below(t))
     if ids is not None:
-        s = s._replace(moment=below(e), first=jnp.where(largest, ids, jnp.iinfo(ids.dtype).max).min(-1))
+        s = s._replace(moment=below(e))
     return s
 
 
 def about(s: Sums, m: Array) -> Sums:
     """`s`, about a larger shift m. The largest class, if it was left out, is then counted in `rest`."""
     d = jnp.where(jnp.isneginf(s.shift), jnp.inf, m - s.shift)
-    scale, total = exp(-d), s.rest + 1 if s.logit is None else s.rest
+    scale, total = exp(-d), s.rest + 1 if s.without_largest else s.rest
     s = s._replace(shift=m, rest=scale * total)
     if s.mass is not None:
         s = s._replace(distance=s.distance + product(s.mass, d))
@@ -95,12 +104,13 @@ def joined(a: Sums, b: Sums) -> Sums:
 def row_of(s: Sums) -> Row:
     """A row's numbers, from the `Sums` of all its classes. A row without a finite maximum has no softmax: NaN."""
     gap = jnp.zeros_like(s.shift) if s.logit is None else s.shift - s.logit
-    log_sum = jnp.where(jnp.isfinite(s.shift), log1p(s.rest + expm1(-gap)), jnp.nan)
+    log_sum = log1p(s.rest if s.without_largest else s.rest + expm1(-gap))
+    log_sum = jnp.where(jnp.isfinite(s.shift) & ~jnp.isnan(gap), log_sum, jnp.nan)
     row = Row(s.shift, log_sum, None if s.logit is None else gap + log_sum)
     if s.mass is not None:
         row = row._replace(mass=s.mass, target_loss=s.mass * log_sum + s.distance)
     if s.moment is not None:
-        row = row._replace(entropy=log_sum + exp(-log_sum) * (s.moment + product(exp(-gap), gap)))
+        row = row._replace(entropy=log_sum + exp(-log_sum) * s.moment)
     return row
 
 

@@ -77,7 +77,8 @@ def one_pass(z: Array, at_label: Array | None, t: Array | None, ids: Array | Non
 def single(z: Array, at_label: Array | None, t: Array | None, ids: Array | None) -> Sums:
     """The `Sums` of each class by itself. With `ids`, also what the entropy and the arg max need."""
     zero = jnp.zeros_like(z)
-    rest, logit = (zero, None) if at_label is None else (jnp.where(at_label, zero, 1), jnp.where(at_label, z, 0))
+    logit = None if at_label is None else jnp.where(at_label, z, 0)
+    rest = zero if at_label is None or ids is not None else jnp.where(at_label, zero, 1)
     return Sums(z, rest, logit, t, None if t is None else zero, None if ids is None else zero, ids)
 
 

@@ -55,10 +55,10 @@ class ClassShards(NamedTuple):
             return s
         m = lax.pmax(lax.stop_gradient(s.shift), self.axis_name)
         here, moved = s.shift == m, about(s, m)
-        if s.logit is None:  # one largest class is left out of all shards together
+        if s.without_largest:  # one largest class is left out of all shards together
             moved = moved._replace(rest=jnp.where(here, s.rest, moved.rest))
         moved = self.total(moved._replace(shift=None, first=None))
-        rest = moved.rest if s.logit is not None else moved.rest + (self.total(here.astype(m.dtype)) - 1)
+        rest = moved.rest + (self.total(here.astype(m.dtype)) - 1) if s.without_largest else moved.rest
         first = s.first
         if first is not None:
             first = lax.pmin(jnp.where(here, first, jnp.iinfo(first.dtype).max), self.axis_name)

@@ -45,6 +45,8 @@ BOUNDS = {
     ("jaxce, per row", "TPU v5e"): Bound(1.36, 2600, 140),
     ("jaxce, recompute=False", "H100"): Bound(1.25, 120, 2400),
     ("jaxce, recompute=False", "TPU v5e"): Bound(1.10, 200, 3100),
+    ("jaxce, statistics", "H100"): Bound(1.6, 1200, 192),
+    ("jaxce, statistics", "TPU v5e"): Bound(1.4, 2500, 264),
     ("jaxce, float32 w", "H100"): Bound(1.25, 120, 1900),
     ("jaxce, float32 w", "TPU v5e"): Bound(1.10, 200, 1514),
     ("jaxce, float32 w, recompute=True", "H100"): Bound(1.62, 1200, 192),

@@ -7,9 +7,20 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxce import linear_cross_entropy
+from jaxce import linear_cross_entropy, linear_label_statistics
 
-from ..helpers import BF16_LOOPS, MODES, NO_BF16_LOOPS, head, matmuls, temp_bytes, text_of
+from ..helpers import (
+    BF16_LOOPS,
+    MIB,
+    MODES,
+    NO_BF16_LOOPS,
+    compiled,
+    head,
+    matmuls,
+    temp_bytes,
+    temp_bytes_of,
+    text_of,
+)
 
 by_blocks = pytest.mark.parametrize("recompute", [False, True], ids=["rows", "classes"])
 
@@ -50,6 +61,22 @@ def test_only_the_matmuls_that_are_needed(wanted, differentiated, recompute):
     f = partial(linear_cross_entropy, block_size=128, recompute=recompute)
     f = f if differentiated is None else jax.value_and_grad(f, differentiated)
     assert matmuls(text_of(f, x, w, labels)) == wanted
+
+
+def objective(x, w, labels):
+    """Of all the numbers of a row."""
+    found = linear_label_statistics(x, w, labels)
+    return (jnp.exp(found.log_prob) + 0.1 * found.entropy + 0.01 * found.log_normalizer**2).mean()
+
+
+def test_statistics_of_a_head_hold_less_than_two_blocks():
+    """The logits would be 250 MiB."""
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2048, 64), (64, 32000)))
+    labels = jax.ShapeDtypeStruct((2048,), jnp.int32)
+    for f, dots, limit in ((linear_label_statistics, 1, 40), (jax.value_and_grad(objective, (0, 1)), 4, 48)):
+        executable = compiled(f, x, w, labels)
+        assert matmuls(executable.as_text()) == dots
+        assert temp_bytes_of(executable) <= limit * MIB
 
 
 @by_blocks

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxce import fused_linear, linear_cross_entropy
+from jaxce import fused_linear, linear_cross_entropy, linear_label_statistics
 
 from ..helpers import head
 
@@ -45,6 +45,19 @@ def wrong(argument: Any) -> Any:
         (ValueError, "class_axis is 1", lambda: linear_cross_entropy(X, W, Y, class_axis=1)),
         (ValueError, "block_size is 0", lambda: linear_cross_entropy(X, W, Y, block_size=0)),
         (ValueError, "block_size is -1", lambda: linear_cross_entropy(X, W, Y, block_size=-1, recompute=True)),
+        (TypeError, "class_mask is of dtype int32", lambda: linear_cross_entropy(X, W, Y, class_mask=Y)),
+        (ValueError, r"class_mask is of shape \(4,\)", lambda: linear_cross_entropy(X, W, Y, class_mask=Y > 0)),
+        (
+            ValueError,
+            r"class_mask is of shape \(1, 5\)",
+            lambda: linear_label_statistics(X, W, Y, class_mask=W[:1] > 0),
+        ),
+        (TypeError, "labels is of dtype float32", lambda: linear_label_statistics(X, W, Y.astype(jnp.float32))),
+        (ValueError, r"labels is of shape \(3,\)", lambda: linear_label_statistics(X, W, Y[:3])),
+        (ValueError, r"x is of shape \(4, 3\)", lambda: linear_label_statistics(X, W, Y, class_axis=0)),
+        (ValueError, "class_axis is 1", lambda: linear_label_statistics(X, W, Y, class_axis=1)),
+        (ValueError, "block_size is 0", lambda: linear_label_statistics(X, W, Y, block_size=0)),
+        (ValueError, "logit_cap is 0", lambda: linear_label_statistics(X, W, Y, logit_cap=0.0)),
         (ValueError, "label_smoothing is 2", lambda: linear_cross_entropy(X, W, Y, label_smoothing=2.0)),
         (ValueError, r"class_weights is of shape \(4,\)", lambda: linear_cross_entropy(X, W, Y, class_weights=X[:, 0])),
         (TypeError, "class_axis is False", lambda: linear_cross_entropy(X, W, Y, class_axis=False)),
@@ -89,7 +102,7 @@ def wrong(argument: Any) -> Any:
 def test_errors_name_function_argument_got_and_wanted(error, message, call):
     with pytest.raises(error, match=message) as caught:
         call()
-    assert re.match(r"(fused_linear|linear_cross_entropy): ", str(caught.value))
+    assert re.match(r"(fused_linear|linear_cross_entropy|linear_label_statistics): ", str(caught.value))
 
 
 def test_integers_and_bools_of_numpy_are_options():

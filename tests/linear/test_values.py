@@ -10,7 +10,7 @@ import pytest
 
 from jaxce import fused_linear, linear_cross_entropy
 
-from ..helpers import assert_all_close, assert_close, cases, head
+from ..helpers import assert_all_close, assert_close, cases, head, logits
 from .test_differentiation import LINEAR_MODES
 
 IGNORED = -100
@@ -158,6 +158,25 @@ def test_ignored_rows_are_as_if_left_out_whatever_they_hold(recompute):
     wanted, (wanted_dx, wanted_dw) = truth(x[kept], w, labels[kept])
     assert_all_close((got, dx[kept], dw), (wanted, wanted_dx, wanted_dw))
     assert (np.asarray(dx[~kept]) == 0).all()
+
+
+@by_blocks
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.1, "logit_cap": 2.0, "z_loss": 0.1}], ids=["", "options"]
+)
+def test_masked_classes_are_as_if_left_out(recompute, options):
+    x, w, _ = head(9, 3, 300)
+    mask, labels, bias = jnp.arange(300) % 7 != 3, jnp.arange(9) * 28, logits(300, seed=3)
+    loss = partial(linear_cross_entropy, recompute=recompute, block_size=128 if recompute else 4, **options)
+    gradient = jax.jit(jax.value_and_grad(lambda x, w, labels, **o: loss(x, w, labels, **o), (0, 1)))
+    got, (dx, dw) = gradient(x, w, labels, bias=bias, class_mask=mask)
+    wanted, (wanted_dx, wanted_dw) = gradient(x, w[:, mask], labels // 7 * 6, bias=bias[mask])
+    assert_all_close((got, dx, dw[:, mask]), (wanted, wanted_dx, wanted_dw))
+    assert (np.asarray(dw[:, ~mask]) == 0).all()
+    hidden, (dx, _) = gradient(x, w, labels.at[2].set(3), bias=bias, class_mask=mask)
+    assert np.isnan(hidden) and np.isnan(dx[2]).all()
+    nothing = gradient(x.at[0].set(jnp.nan), w, labels, bias=bias, class_mask=jnp.zeros(300, bool))
+    assert all((np.asarray(a) == 0).all() for a in jax.tree.leaves(nothing))
 
 
 @by_blocks

@@ -31,6 +31,7 @@ class Structure(NamedTuple):
     z_loss: bool
     ignore_index: bool
     float32_targets: bool
+    head: str | None = None
 
     @classmethod
     def draw(cls, rng: random.Random, integer: bool) -> "Structure":
@@ -41,6 +42,13 @@ class Structure(NamedTuple):
 
         where = rng.choice([None, None, "classes", "classes of all rows", "rows"])
         return cls(integer, batch, classes, axis, where, some(), some(), some(), some(), integer and some(), some())
+
+    def of_head(self, head: str) -> "Structure":
+        """Of rows [N, K] with integer labels, which a head takes with one class mask for all, if any."""
+        where = None if self.where == "rows" else self.where and "classes of all rows"
+        batch, classes = (max(1, math.prod(self.batch)),), (math.prod(self.classes),)
+        s = self._replace(head=head, batch=batch, classes=classes, axis=-1, where=where)
+        return s._replace(label_smoothing=False, class_weights=False) if head == "statistics" else s
 
 
 SHAPES = [
@@ -167,6 +175,7 @@ def examples(draw, structures: list[Structure], dtype: str) -> tuple[Structure, 
                 dense[row] = 0
                 dense[row, entry] = 1.5
     z, dense = np.where(hidden_too, z, np.nan), np.where(hidden_too, dense, np.nan)
+    z = np.where(np.isfinite(z) | (s.head is None), z, 0)  # 0·inf in the matmul would reach all rows
     largest = float(jnp.finfo(dtype).max)
     z = np.where(np.isfinite(z), np.clip(z, -largest, largest), z)
 

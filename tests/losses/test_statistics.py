@@ -157,10 +157,12 @@ def test_ties_are_correct_for_the_first_as_in_argmax(logit_cap):
 def test_confident_rows_keep_their_digits():
     margin = np.array([10.0, 20, 30, 40])
     z = jnp.zeros((4, 3)).at[:, 1].set(jnp.asarray(margin, jnp.float32))
-    statistics = jaxce.label_statistics(z, jnp.ones(4, jnp.int32))
+    statistics, of_another_label = (jaxce.label_statistics(z, jnp.full(4, label)) for label in (1, 2))
     rest = 2 * np.exp(-margin)
     np.testing.assert_allclose(statistics.log_prob, -np.log1p(rest), 1e-6)
+    np.testing.assert_allclose(of_another_label.log_prob, -np.log1p(rest) - margin, 1e-6)
     o = np.exp(-margin) / (1 + rest)
-    np.testing.assert_allclose(statistics.entropy, np.log1p(rest) + 2 * o * margin, 1e-6)
+    for found in (statistics, of_another_label):
+        np.testing.assert_allclose(found.entropy, np.log1p(rest) + 2 * o * margin, 1e-6)
     gradient = jax.grad(lambda z: jaxce.label_statistics(z, jnp.ones(4, jnp.int32)).log_prob.sum())(z)
     np.testing.assert_allclose(gradient[:, 1], rest / (1 + rest), 1e-6)

@@ -21,7 +21,8 @@ from ..helpers import assert_close, cases, compiled, head, mesh_of, on_shards, o
 
 IGNORED = -100
 FEATURES = 12
-FORMS = ("integer", "dense", "rows", "classes")  # the losses of logits, linear_cross_entropy by blocks of these
+# The losses of logits, linear_cross_entropy by blocks of rows and of classes, linear_label_statistics.
+FORMS = ("integer", "dense", "rows", "classes", "statistics")
 WORLDS = ("jit", "Explicit", "shard_map")
 SHARDINGS = {"batch": (8, 1), "class": (1, 8), "both": (4, 2), "FSDP": (4, 2)}  # devices for rows, for classes
 DTYPES = ("float32", "bfloat16")
@@ -44,8 +45,8 @@ class Case(NamedTuple):
 
     @property
     def classes(self) -> int:
-        """More than the 1024 of one block of classes on 8 devices, in that form."""
-        local = {1: 1157, 2: 577, 8: 145}[self.shards[1]] if self.form == "classes" else 67
+        """More than the 1024 of one block of classes on 8 devices, in these forms."""
+        local = {1: 1157, 2: 577, 8: 145}[self.shards[1]] if self.form in ("classes", "statistics") else 67
         return local * self.shards[1]
 
     @property
@@ -55,7 +56,7 @@ class Case(NamedTuple):
 
     @property
     def fused(self) -> bool:
-        return self.form in ("rows", "classes")
+        return self.form in ("rows", "classes", "statistics")
 
 
 def problem(case: Case) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[str, P]]:
@@ -72,8 +73,11 @@ def problem(case: Case) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dic
     if case.options == "all options":
         values = option_values(k)
         point |= {"class_weights": values["class_weights"], "cap": np.float32(values["logit_cap"])}
+        if case.form == "statistics":
+            del point["class_weights"]
         if case.fused:
             point["bias"] = rng.standard_normal(k).astype("float32") / 4
+            fixed["class_mask"] = (rng.random(k) < 0.8) | np.isin(np.arange(k), labels)
         else:
             where = rng.random((n, k)) < 0.8
             where[np.arange(n), labels] = True
@@ -91,6 +95,7 @@ def problem(case: Case) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dic
         "combine": P("data"),
         "bias": P(model),
         "class_weights": P(model),
+        "class_mask": P(model),
         "cap": P(),
     }
     return jax.tree.map(jnp.asarray, point), jax.tree.map(jnp.asarray, fixed), specs
@@ -100,14 +105,21 @@ def loss_of(case: Case, point: dict[str, Any], fixed: dict[str, Any], axis_name:
     """Σ combine·loss, on one shard or all."""
     options: dict[str, Any] = {"axis_name": axis_name}
     if case.options == "all options":
-        options |= {"class_weights": point["class_weights"], "logit_cap": point["cap"]}
-        options |= {name: option_values(1)[name] for name in ("label_smoothing", "z_loss")}
+        options |= {"logit_cap": point["cap"]}
+        if case.fused:
+            options |= {"class_mask": fixed["class_mask"], "bias": point["bias"]}
+        if case.form != "statistics":
+            options |= {name: option_values(1)[name] for name in ("label_smoothing", "z_loss")}
+            options["class_weights"] = point["class_weights"]
         options |= {} if case.form == "dense" else {"ignore_index": IGNORED}
         options |= {} if case.fused else {"where": fixed["where"]}
     if case.form == "integer":
         losses = jaxce.softmax_cross_entropy_with_integer_labels(point["logits"], fixed["labels"], **options)
     elif case.form == "dense":
         losses = jaxce.softmax_cross_entropy(point["logits"], point["targets"], **options)
+    elif case.form == "statistics":
+        found = jaxce.linear_label_statistics(point["x"], point["w"], fixed["labels"], block_size=128, **options)
+        losses = found.log_prob + found.entropy**2 + 0.1 * found.log_normalizer**2
     else:
         recompute = case.form == "classes"
         options |= {"recompute": recompute, "block_size": 128 if recompute else 1}
@@ -116,7 +128,7 @@ def loss_of(case: Case, point: dict[str, Any], fixed: dict[str, Any], axis_name:
         if case.options == "plain":
             options["normalizer"] = case.rows
         else:
-            options |= {"reduction": "sum", "bias": point["bias"], "weights": fixed["combine"]}
+            options |= {"reduction": "sum", "weights": fixed["combine"]}
         return jaxce.linear_cross_entropy(point["x"], point["w"], fixed["labels"], **options)
     return (fixed["combine"] * losses).sum()
 
@@ -180,7 +192,7 @@ def check_exchanges(case: Case, exchanges) -> None:
         assert not large, gathers
 
     numbers = 8 if case.options == "plain" else 40  # per row
-    blocks = 3 if case.form == "classes" else 2  # and the rows that fill the last block
+    blocks = 2 if case.form == "rows" else 3  # and the rows that fill the last block
     allowed = numbers * blocks * rows + 16 + (12 * case.classes if case.options == "all options" else 0)
     allowed += blocks * rows * FEATURES if case.fused and model > 1 else 0  # dx
     allowed += FEATURES * classes if case.fused and data > 1 else 0  # dw
@@ -205,6 +217,9 @@ QUICK = {
     ("classes", "jit", "FSDP", "float32", "plain"),
     ("classes", "Explicit", "class", "bfloat16", "all options"),
     ("classes", "shard_map", "both", "float32", "all options"),
+    ("statistics", "jit", "both", "float32", "plain"),
+    ("statistics", "Explicit", "class", "bfloat16", "all options"),
+    ("statistics", "shard_map", "both", "float32", "all options"),
 }
 
 

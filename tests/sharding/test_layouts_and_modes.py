@@ -206,9 +206,9 @@ def test_modes_inside_shard_map(form):
     assert_all_close(got, wanted, factor=16)
 
 
-@pytest.mark.parametrize("form", ["logits", "rows", "classes"])
+@pytest.mark.parametrize("form", ["logits", "rows", "classes", "statistics"])
 def test_uneven_last_shard(form):
-    """K is not a multiple of the shards: the classes too many are masked, or have a bias of −inf."""
+    """K is not a multiple of the shards: the classes too many are masked."""
     x, w, labels = head(N, D, K)
     classes = K - 3
     labels = labels % classes
@@ -219,9 +219,12 @@ def test_uneven_last_shard(form):
             where = jnp.broadcast_to(real[None], (x.shape[0], real.size))
             options: Any = {"label_smoothing": 0.1, "z_loss": 0.01, "axis_name": axis_name}
             return integer_loss(x @ w, labels, where=where, **options)
-        bias = jnp.where(real, 0.0, -jnp.inf)
-        options = {"bias": bias, "z_loss": 0.01, "axis_name": axis_name, "reduction": "sum"}
-        return jaxce.linear_cross_entropy(x, w, labels, recompute=form == "classes", **options)[None]
+        options = {"class_mask": real, "axis_name": axis_name}
+        if form == "statistics":
+            found = jaxce.linear_label_statistics(x, w, labels, **options)
+            return found.log_prob + found.entropy + found.log_normalizer
+        options |= {"label_smoothing": 0.1, "z_loss": 0.01, "reduction": "sum", "recompute": form == "classes"}
+        return jaxce.linear_cross_entropy(x, w, labels, **options)[None]
 
     def on_shard(x, w, labels, real):
         return lax.psum(total(x, w, labels, real, "model").sum(), "data")
