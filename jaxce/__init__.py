@@ -17,7 +17,7 @@ In the letters of the derivation, with N rows (any number of leading axes), K cl
     y    labels: integer [...], or dense targets [..., K]
     t    targets after smoothing and weighting;  a = Σ_j t_j
     E    loss [...], in nats, one per row
-    lse  log-normalizer log Σ_k exp z_k [...] = m + L, with the shift m = max z
+    lse  log-normalizer log Σ_k exp z_k [...] = m + L, with a shift m, in general max z
 """
 
 from . import reference as reference

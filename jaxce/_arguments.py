@@ -32,7 +32,7 @@ def with_masks(
 def labelled_rows(
     function: str, logits: Arrays, labels: Arrays, axis, where, ignore_index, axis_name
 ) -> tuple[Array, Selection, ClassShards]:
-    """`with_masks`, with the labels, which rows to ignore are masked by."""
+    """`with_masks` for logits with integer labels. Rows labelled `ignore_index` are masked too."""
     z = _checks.floating(function, "logits", logits)
     y = _checks.integer(function, "labels", labels)
     axes = _checks.class_axes(function, axis, z.shape)
@@ -50,7 +50,10 @@ def labelled_rows(
 
 
 def classes_last(array: Array, axes: tuple[int, ...], shape: tuple[int, ...]) -> Array:
-    """`array` with `axes` moved to the end and flattened to one, in the order given."""
+    """`array` with `axes` moved to the end and flattened to one, in the order given.
+
+    For (−1,) it is as it was: a class axis of size 1 stays 1, and is broadcast in `prepared`.
+    """
     if axes == (-1,):
         return array
     array = jnp.moveaxis(_broadcast_classes(array, axes, shape), axes, range(-len(axes), 0))

@@ -51,7 +51,7 @@ def _weighted_jvp(primals, tangents):
 def soft_capped(z: Array, cap: Array) -> Array:
     """cap·tanh(z/cap). With u = z/cap, ∂/∂z = 1/cosh²u and ∂/∂cap = tanh u − u/cosh²u.
 
-    JAX's own derivative of tanh, 1 − tanh², is only rounding error from |u| of about 9 on. This one is exact there.
+    JAX's own derivative of tanh, 1 − tanh², is only rounding error from |u| of about 9 on. This one is accurate there.
     """
     # `maximum` is a no-op in value. It stops LLVM from fusing cap·tanh with a later − m into an FMA: z − m must be
     # exactly 0 at the largest logit. Test: test_the_largest_capped_logit_is_the_maximum_of_capped_logits, on jax 0.10.

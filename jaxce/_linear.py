@@ -166,7 +166,7 @@ def linear_cross_entropy(
             default those whose float32 logits fit in 64 MiB, and at least 2048 (on a CPU, in 32 MiB).
         recompute: True for blocks of classes (4 matmuls, no accumulator of w's size), False for blocks of rows (3).
             Default: classes where w is narrower than the float32 sums (a bfloat16 w), on one device or in
-            `jax.shard_map`; else rows. With reduction="none", blocks are always of classes.
+            `jax.shard_map`; else rows. With reduction="none" the default is classes.
         axis_name: inside `jax.shard_map` (with check_vma=True), the mesh axis that the classes are split over. `w`,
             `bias`, `class_weights` and `class_mask` are the shard's. All shards hold equally many classes: mask any
             excess.

@@ -39,7 +39,7 @@ class Layer(NamedTuple):
         x, w = _checks.floating(function, "x", x), _checks.floating(function, "w", w)
         if w.ndim != 2:
             raise _checks.value_error(function, "w", f"of shape {w.shape}", "two axes, [D, K] or [K, D]")
-        classes, features = w.shape[class_axis], w.shape[1 + class_axis]
+        classes, features = w.shape[class_axis], w.shape[1 + class_axis]  # class_axis is −1 or 0, the other 0 or 1
         if x.ndim == 0 or x.shape[-1] != features:
             wanted = f"[..., {features}], for w {w.shape}"
             wanted += f" (or class_axis={-1 - class_axis})" if x.shape[-1:] == (classes,) else ""

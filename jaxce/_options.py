@@ -42,8 +42,10 @@ class Selection(NamedTuple):
     @property
     def mask(self) -> Array | None:
         """Both masks together, broadcast against the logits."""
-        rows = None if self.row_mask is None else self.row_mask[..., None]
-        return self.class_mask if rows is None else rows if self.class_mask is None else self.class_mask & rows
+        if self.row_mask is None:
+            return self.class_mask
+        rows = self.row_mask[..., None]
+        return rows if self.class_mask is None else self.class_mask & rows
 
     def class_count(self, shards: ClassShards) -> Array | int:
         """The classes of each row [..., 1] that are not masked, on all shards; at least 1."""
@@ -89,7 +91,7 @@ def statistics_dtype(*arrays: Array | None):
 
 
 def prepared(values: Values, selection: Selection) -> tuple[Array, Array | None]:
-    """The logits, and the targets broadcast against them, that the rule sees: options applied, classes and rows masked.
+    """The logits, and the targets of all classes (other axes may be 1), that the rule sees: options applied, masked.
 
     Masked classes get the logit −inf and the target 0; rows that do not count become all 0. What they held is replaced
     before anything is computed from it, or a NaN there would reach the gradients of the options.

@@ -126,7 +126,7 @@ def losses_axes(closed: Any) -> frozenset[Any]:
 
 
 def coupled(closed: Any) -> bool:
-    """Whether shards communicate in the loss, and then have losses of their own, or types do not tell that they do not.
+    """Whether the loss communicates over an axis on which its losses differ; if types do not tell, over any.
 
     Gradients are then sums over the shards' cotangents, which only the backward pass knows.
     """
@@ -135,7 +135,10 @@ def coupled(closed: Any) -> bool:
 
 
 def check_constants(closed: Any, inputs: Inputs, perturbed: Inputs) -> None:
-    """Here shard_map's autodiff would sum a shared array's gradient over all shards, before it is scaled on each."""
+    """Refuses to differentiate a closed-over array that shards share, but losses do not.
+
+    shard_map's autodiff would sum its gradient over all shards, before it is scaled on each.
+    """
     for c, moves in zip(inputs.others[1], perturbed.others[1], strict=True):
         if moves and losses_axes(closed) - mesh_axes(c):
             got = f"closing over {c.dtype}{list(c.shape)}, which is the same on shards whose losses differ"

@@ -1,17 +1,16 @@
 """The mathematics of the softmax cross-entropy: the numbers of a row of logits, and their gradient, `o − y`.
 
-For one row with logits z, o = softmax(z), targets t of mass a = Σ_j t_j, a label y, and lse = log Σ_k exp z_k:
+For one row with logits z, o = softmax(z), targets t of mass a = Σ_j t_j, a label y, and lse = log Σ_k exp z_k. All
+follows from log o_j = z_j − lse and ∂lse/∂z_i = exp z_i / Σ_k exp z_k = o_i:
 
     loss            −log o_y                                    ∂/∂z = o − onehot(y)
     target loss     −Σ_j t_j log o_j = a·lse − Σ_j t_j z_j      ∂/∂z = a·o − t          ∂/∂t = −log o
     log-normalizer  lse                                         ∂/∂z = o
     entropy         −Σ_j o_j log o_j = H                        ∂/∂z = −o·(log o + H)
 
-All follow from log o_j = z_j − lse and ∂lse/∂z_i = exp z_i / Σ_k exp z_k = o_i.
-
-lse is kept as two numbers, the shift m = max z and L = log Σ_j exp(z_j − m): their sum, rounded at 1e4, would leave o
-three digits. L's sum contains a 1, beside which small terms are lost. So one class c, the label or else the largest, is
-left out (if c is not the largest, the 1 stays, and expm1 only corrects it):
+lse is kept as two numbers, a shift m, max z (or z_y, if the loss is small), and L = log Σ_j exp(z_j − m): their sum,
+rounded at 1e4, would leave o three digits. L's sum contains a 1, beside which small terms are lost. So one class c, the
+label or else the largest, is left out. If it is not the largest, expm1 takes away the 1 that log1p adds:
 
     L = log1p(Σ_{j≠c} exp(z_j − m) + expm1(z_c − m))        −log o_c = (m − z_c) + L        o_c − 1 = expm1(log o_c)
 
@@ -32,7 +31,7 @@ from ._elementary import exp, expm1, log1p, product, times
 class Sums(NamedTuple):
     """What some classes contribute. c is the label; without one, or for the entropy, the largest of these classes."""
 
-    shift: Any  # m: the largest z_j, or for a label any shift, such as z_c
+    shift: Any  # m: the largest z_j, or for a label any shift
     rest: Any  # Σ_{j≠c} exp(z_j − m)
     logit: Any  # the label's, or 0 where it is not among them; None without one
     mass: Any = None  # Σ_j t_j
@@ -40,9 +39,7 @@ class Sums(NamedTuple):
     moment: Any = None  # Σ_j exp(z_j − m)(m − z_j)
     first: Any = None  # the first class of logit m
 
-    @property
-    def without_largest(self) -> bool:
-        return self.logit is None or self.moment is not None
+    without_largest = property(lambda s: s.logit is None or s.moment is not None)
 
 
 class Row(NamedTuple):
@@ -57,32 +54,26 @@ class Row(NamedTuple):
 
 
 def sums(z: Array, m: Array, at_label: Array | None, logit: Array | None, t=None, ids=None) -> Sums:
-    """The `Sums` of logits z [..., K], about the shift m [...]."""
+    """The `Sums` of logits z [..., K], about the shift m [...]. `ids`: the classes', for the entropy."""
     shift = jnp.maximum(m[..., None], jnp.finfo(z.dtype).min)  # −inf − −inf would be NaN
-    largest, first, equals = z == shift, None, 0
-    at_c = largest if at_label is None else at_label
-    if ids is not None:  # without a count of equals, on a CPU one more array
+    largest, first = z == shift, None
+    at_c, equals = (largest, largest.sum(-1, dtype=z.dtype) - 1) if at_label is None else (at_label, 0)  # as large as c
+    if ids is not None:
         first = jnp.where(largest, ids, jnp.iinfo(ids.dtype).max).min(-1)
-        at_c = ids == first[..., None]
-    elif at_label is None:
-        equals = largest.sum(-1, dtype=z.dtype) - 1  # of c, each as large as it
+        at_c, equals = ids == first[..., None], 0
     e = jnp.where(at_c, 0, exp(z - shift))
 
     def below(weight):  # Σ weight·(m − z). If z is a product, an FMA may make m − z nonzero at the largest.
         return jnp.where(largest, 0, product(weight, shift - z)).sum(-1)
 
-    s = Sums(m, e.sum(-1) + equals, logit, first=first)
-    if t is not None:
-        s = s._replace(mass=jnp.broadcast_to(t.sum(-1), m.shape), distance=below(t))
-    if ids is not None:
-        s = s._replace(moment=below(e))
-    return s
+    s = Sums(m, e.sum(-1) + equals, logit, moment=None if ids is None else below(e), first=first)
+    return s if t is None else s._replace(mass=jnp.broadcast_to(t.sum(-1), m.shape), distance=below(t))
 
 
 def about(s: Sums, m: Array) -> Sums:
     """`s`, about a larger shift m. The largest class, if it was left out, is then counted in `rest`."""
     d = jnp.where(jnp.isneginf(s.shift), jnp.inf, m - s.shift)
-    scale, total = exp(-d), s.rest + 1 if s.without_largest else s.rest
+    scale, total = exp(-d), (s.rest + 1 if s.without_largest else s.rest)
     s = s._replace(shift=m, rest=scale * total)
     if s.mass is not None:
         s = s._replace(distance=s.distance + product(s.mass, d))
@@ -95,9 +86,9 @@ def joined(a: Sums, b: Sums) -> Sums:
     """The `Sums` of two parts of a row together (classes, blocks or shards), at one exponential."""
     swap, tie = a.shift < b.shift, a.shift == b.shift
     big, small = (jax.tree.map(lambda u, v: jnp.where(swap, v, u), *ab) for ab in ((a, b), (b, a)))
-    both = jax.tree.map(jnp.add, big, about(small, big.shift))
+    both = jax.tree.map(jnp.add, big, about(small, big.shift))  # but for shift, logit and first
     first = None if a.first is None else jnp.where(tie, jnp.minimum(a.first, b.first), big.first)
-    logit = None if a.logit is None else a.logit + b.logit  # without the selects
+    logit = None if a.logit is None else a.logit + b.logit
     return both._replace(shift=big.shift, logit=logit, first=first)
 
 
@@ -109,22 +100,21 @@ def row_of(s: Sums) -> Row:
     row = Row(s.shift, log_sum, None if s.logit is None else gap + log_sum)
     if s.mass is not None:
         row = row._replace(mass=s.mass, target_loss=s.mass * log_sum + s.distance)
-    if s.moment is not None:
+    if s.moment is not None:  # H = lse − Σ_j o_j z_j = L + Σ_j o_j (m − z_j)
         row = row._replace(entropy=log_sum + exp(-log_sum) * s.moment)
     return row
 
 
 def gradient(z: Array, at_c: Array, t: Array | None, row: Row, g: Row) -> tuple[Array, Array | None]:
-    """∂/∂z = A·o − g.loss·onehot(c) − g.target_loss·t, A = g.log_sum + g.loss + g.target_loss·a, and ∂/∂t.
+    """∂/∂z = A·o − g.loss·onehot(c) − g.target_loss·t − g.entropy·o·(log o + H), and ∂/∂t, of any classes [..., K].
 
-    z, t and `at_c` are any of a row's classes [..., K], `row` and its cotangents `g` are [..., 1]; `row.loss` may be
-    [..., K], of which the entry at c counts. `at_c` marks the label, or without one the largest class of a sure row.
+    A = g.log_sum + g.loss + g.target_loss·a is `slope`. Sure rows add (g.shift − g.log_sum)·onehot(c). Numbers of rows
+    are [..., 1]; `row.loss` may be [..., K]: its entry at c counts. `at_c` marks the label, or the largest if sure.
     """
     loss = row.log_sum if row.loss is None else row.loss  # −log o_c
-    sure, o_c, q = loss < 0.5, exp(-loss), expm1(-loss)  # q = o_c − 1
-    # At c each cotangent gets its own term, in which nothing cancels. A·o_c minus the others would cancel.
+    sure, o_c, q, at_others, dt = loss < 0.5, exp(-loss), expm1(-loss), 0, None  # q = o_c − 1
+    # At c each cotangent has its own term, in which nothing cancels: if sure, a·o_c − t is a·q + (a − t).
     slope, own = g.log_sum, g.shift * jnp.where(sure, 1, 0) + g.log_sum * jnp.where(sure, q, o_c)
-    at_others, dt = 0, None
     if row.loss is not None:
         slope, own = slope + g.loss, own + g.loss * q
     if t is not None:

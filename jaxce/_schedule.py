@@ -140,7 +140,7 @@ def keeps_exponentials(values: Values, selection: Selection) -> bool:
 
 
 def _only_casts(values: Values, selection: Selection) -> bool:
-    """Whether that is all that `prepared` does to the logits."""
+    """Whether `prepared` at most casts the logits: no cap, no mask."""
     return values.logit_cap is None and selection.class_mask is None and selection.row_mask is None
 
 

@@ -17,8 +17,8 @@ from ._sharding import ClassShards, in_auto, varying_as
 def row_statistics(values: Values, selection: Selection, shards: ClassShards, with_entropy=False) -> tuple[Row, Any]:
     """The numbers of each row [...], differentiable in every mode with respect to `values`.
 
-    In float32, or float64 for float64 logits. With entropy, also 1.0 where the label is the first of the largest
-    logits, else 0.0.
+    In float32, or float64 for float64 logits or targets. With entropy, also 1.0 where the label is the first of the
+    largest logits, else 0.0.
     """
     rule = _rule_of(shards, with_entropy)
     values = varying_as(values, values, selection, shards.first())
@@ -39,6 +39,7 @@ def _rule_of(shards: ClassShards, with_entropy: bool, differentiated: bool = Fal
     def forward(values, selection):
         # The rule is called again, so that derivatives of residuals (second order) are the rule's, not its body's.
         out = _rule_of(shards, with_entropy, True)(values, selection)
+        # To save little, the label's loss is made again of shift, log_sum and the label's logit.
         return out, (values, selection, out[0]._replace(loss=None, target_loss=None))
 
     def backward(residuals, cotangents):
@@ -68,6 +69,6 @@ def _backward(shards: ClassShards, values: Values, selection: Selection, row: Ro
 
 
 def _label_loss(m: Array, log_sum: Array, logit: Array) -> Array:
-    """−log o_c, differentiable. In a sure row m is z_c, but autodiff of m − z_c would be 1 − 1, rounded."""
+    """−log o_c, differentiable. In a sure row m is z_c: `where` keeps ∂m − ∂z_c, rounded, away from the tiny ∂L."""
     gap = m - logit
     return jnp.where(gap + log_sum < 0.5, 0, gap) + log_sum
