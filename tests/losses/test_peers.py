@@ -1,4 +1,4 @@
-"""Other libraries: options that mean the same there, and the differences that the README lists."""
+"""Other libraries: options that mean the same there, and the differences that `notebooks/coming_from.ipynb` shows."""
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +125,7 @@ def test_z_loss_as_in_t5x(z_loss):
         assert_close(gradient, wanted, "float32")
 
 
-# ------------------------------------------------------------------------------------------ the README's differences
+# ------------------------------------------------------------------------------------------------- the differences
 
 Z = jnp.array([[1.0, 2.0, 3.0]])
 PROBABILITIES = np.exp([1.0, 2.0, 3.0]) / np.exp([1.0, 2.0, 3.0]).sum()
