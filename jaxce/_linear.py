@@ -56,7 +56,7 @@ def fused_linear(
         dtype: floating dtype of the matmuls' operands, by default that of x @ w. The logits' gradients are rounded to
             it: with the 1/N of a mean, float16 underflows, bfloat16 does not. Sums are always in float32 (float64), and
             gradients in their arguments' dtypes.
-        block_size: rows per block, at most. Default: 1024; on a CPU 128 to 512, fewer for many classes or few features.
+        block_size: rows per block and device, at most. Default: 1024; on a CPU 128 to 512, fewer for many classes.
 
     Returns:
         `f`. It takes floating x [..., num_features] and w; row arguments, pytrees of arrays [..., any]; a floating bias
@@ -162,8 +162,8 @@ def linear_cross_entropy(
         class_mask: bool, with shape [num_classes], True for the classes that take part, such as those of a vocabulary
             without its padding. A masked class has probability 0; its part of `w`, gradient 0, must still be finite.
         label_smoothing, class_weights, logit_cap, z_loss: see `softmax_cross_entropy`, where y is onehot(y).
-        block_size: rows per block, as in `fused_linear`; or classes per block, rounded up to a multiple of 128, by
-            default those whose float32 logits fit in 64 MiB, and at least 2048 (on a CPU, in 32 MiB).
+        block_size: rows per block, as in `fused_linear`; or classes per block and device, rounded up to a multiple of
+            128, by default those whose float32 logits fit in 64 MiB, and at least 2048 (on a CPU, in 32 MiB).
         recompute: True for blocks of classes (4 matmuls, no accumulator of w's size), False for blocks of rows (3).
             Default: classes where w is narrower than the float32 sums (a bfloat16 w), on one device or in
             `jax.shard_map`; else rows. With reduction="none" the default is classes.

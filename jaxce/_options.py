@@ -67,6 +67,7 @@ class Options(NamedTuple):
         """`given` for logits of `ndim` axes."""
         smoothing, weights, cap, z_loss = (given.get(name) for name in cls._fields)
 
+        # 0 is "not used", but not for a cap (an open interval), where it is an error, as False is everywhere.
         def number(name: str, value: Any, high: float, **bounds: Any):
             if value is None or (isinstance(value, int | float) and value is not False and value == 0 and not bounds):
                 return None

@@ -79,7 +79,8 @@ def single(z: Array, at_label: Array | None, t: Array | None, ids: Array | None)
     zero = jnp.zeros_like(z)
     logit = None if at_label is None else jnp.where(at_label, z, 0)
     rest = zero if at_label is None or ids is not None else jnp.where(at_label, zero, 1)
-    return Sums(z, rest, logit, t, None if t is None else zero, None if ids is None else zero, ids)
+    distance, moment = None if t is None else zero, None if ids is None else zero
+    return Sums(shift=z, rest=rest, logit=logit, mass=t, distance=distance, moment=moment, first=ids)
 
 
 def sums_of_block(on_cpu: bool, z: Array, at_label: Array, t: Array | None, ids: Array | None) -> Sums:

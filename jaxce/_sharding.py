@@ -55,7 +55,7 @@ class ClassShards(NamedTuple):
             return s
         m = lax.pmax(lax.stop_gradient(s.shift), self.axis_name)
         here, moved = s.shift == m, about(s, m)
-        if s.without_largest:  # one largest class is left out of all shards together
+        if s.without_largest:  # each shard of largest m left one class out, all together leave out one
             moved = moved._replace(rest=jnp.where(here, s.rest, moved.rest))
         moved = self.total(moved._replace(shift=None, first=None))
         rest = moved.rest + (self.total(here.astype(m.dtype)) - 1) if s.without_largest else moved.rest
