@@ -64,7 +64,9 @@ def with_backward(forward: Callable, backward: Callable) -> Callable[[Any], Any]
         def pullback(residuals, g):
             return jax.tree.leaves(backward(*residuals, g, perturbed))
 
-        tangent = transposed(pullback, (inputs, out), _nonzero(tangents[0]), out)
+        # Derivatives of the system would meet arrays that vary already, were `out` not made alike before.
+        residuals = inputs, varying_over(mesh_axes(inputs, out, _nonzero(tangents[0])), out)
+        tangent = transposed(pullback, residuals, _nonzero(tangents[0]), out)
         return (out, aux), (tangent, jax.tree.map(zero_from_primal, aux))
 
     rule.defjvp(jvp, symbolic_zeros=True)

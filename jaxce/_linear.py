@@ -117,8 +117,10 @@ def _by_rows(layer: Layer, loss_fn, has_aux: bool, reduction, block_size, parts,
 
         return with_gradients(sweep, gradients)(inputs, varying_over(losses_axes(loss), scale))
 
-    def backward(inputs, out, g, perturbed):  # g comes in equal copies where shards share the losses
-        return sweep(inputs, reduced_as(g, out, lax.pmean), perturbed)[0][1]
+    like = varying_over(losses_axes(loss), jnp.zeros(()))
+
+    def backward(inputs, _, g, perturbed):  # g comes in equal copies where shards share the losses
+        return sweep(inputs, reduced_as(g, like, lax.pmean), perturbed)[0][1]
 
     losses, aux = with_backward(sweep, backward)(inputs)
     losses = losses if scale is None else weighted(scale, losses)
