@@ -95,8 +95,8 @@ def joined(a: Sums, b: Sums) -> Sums:
 def row_of(s: Sums) -> Row:
     """A row's numbers, from the `Sums` of all its classes. A row without a finite maximum has no softmax: NaN."""
     gap = jnp.zeros_like(s.shift) if s.logit is None else s.shift - s.logit
-    log_sum = log1p(s.rest if s.without_largest else s.rest + expm1(-gap))
-    log_sum = jnp.where(jnp.isfinite(s.shift) & ~jnp.isnan(gap), log_sum, jnp.nan)
+    total = jnp.where(jnp.isnan(gap), gap, s.rest) if s.without_largest else s.rest + expm1(-gap)
+    log_sum = jnp.where(jnp.isfinite(s.shift), log1p(total), jnp.nan)
     row = Row(s.shift, log_sum, None if s.logit is None else gap + log_sum)
     if s.mass is not None:
         row = row._replace(mass=s.mass, target_loss=s.mass * log_sum + s.distance)
