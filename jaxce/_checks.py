@@ -190,7 +190,7 @@ def scalar(
     array = real(function, argument, value)
     if array.ndim:
         raise value_error(function, argument, f"of shape {array.shape}", "a scalar")
-    if getattr(value, "dtype", type(value)) in (bool,):
+    if isinstance(value, bool) or getattr(value, "dtype", None) == jnp.bool_:
         raise type_error(function, argument, "of dtype bool", "a number")
     array = array.astype(dtype)
     if low is None or high is None:

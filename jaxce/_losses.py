@@ -209,9 +209,9 @@ def check_labels(
 ) -> None:
     """Under `jax.experimental.checkify.checkify`, turns an invalid label into an error that names it and its row.
 
-    Call it beside a loss that is NaN, and run the caller under `checkify` with its user checks. Called
-    with concrete labels, outside `jit`, it raises at once. Elsewhere it does nothing, but a compiled caller is
-    dispatched five times slower, which is why the losses contain no check.
+    Call it beside a loss that is NaN, and run the caller under `checkify` with its user checks. Called with concrete
+    labels, outside `jit`, it raises at once. Elsewhere it does nothing, but a compiled caller is dispatched five times
+    slower, which is why the losses contain no check.
 
     Args:
         labels: integer, of any shape.

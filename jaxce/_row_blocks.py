@@ -34,9 +34,8 @@ def max_rows(layer: Layer, features: int) -> int:
     W. B is 1024: of 2048 rows, a twentieth faster, the float32 logits alone would take 1 GiB for 128,256 classes.
     """
     if layer.on_cpu:
-        return min(
-            512, max(128, min(2**24 // _checks.known(layer.classes, 2**15), 2 * _checks.known(features, 2**10) // 3))
-        )
+        classes, features = _checks.known(layer.classes, 2**15), _checks.known(features, 2**10)
+        return min(512, max(128, min(2**24 // classes, 2 * features // 3)))
     return 1024
 
 
