@@ -3,6 +3,7 @@
     you have                                              use
     integer labels                                        softmax_cross_entropy_with_integer_labels(logits, labels)
     target probabilities, one-hot or soft                 softmax_cross_entropy(logits, labels)
+    targets for a few classes of each row, such as top k  softmax_cross_entropy_with_top_k_labels(logits, ids, targets)
     a language model's head x @ w, with too many logits   linear_cross_entropy(x, w, labels)
     any other loss of such logits                         fused_linear(loss_fn)(x, w, *row_args)
     a policy or a metric: log-probability, entropy, …     label_statistics(logits, labels)
@@ -29,8 +30,9 @@ from ._losses import check_labels as check_labels
 from ._losses import label_statistics as label_statistics
 from ._losses import softmax_cross_entropy as softmax_cross_entropy
 from ._losses import softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels
+from ._top_k import softmax_cross_entropy_with_top_k_labels as softmax_cross_entropy_with_top_k_labels
 
 __all__ = ["LabelStatistics", "check_labels", "fused_linear", "label_statistics", "linear_cross_entropy"]
-__all__ += ["linear_label_statistics", "reference"]
-__all__ += ["softmax_cross_entropy", "softmax_cross_entropy_with_integer_labels"]
+__all__ += ["linear_label_statistics", "reference", "softmax_cross_entropy"]
+__all__ += ["softmax_cross_entropy_with_integer_labels", "softmax_cross_entropy_with_top_k_labels"]
 __version__ = "0.1.0"

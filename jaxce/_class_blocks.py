@@ -5,6 +5,7 @@ of dw at once, and adds to dx. What is saved is x, w, labels and numbers per row
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,26 +15,31 @@ from . import _labels, _rule
 from ._autodiff import with_backward
 from ._checks import known
 from ._matmuls import Inputs, Layer, over_classes
-from ._options import Selection, Values, prepared, prepared_vjp
+from ._options import Selection, Values, listed_vjp, prepared, prepared_vjp
 from ._rule import Row
 from ._schedule import single, sums_of_block
 from ._sharding import ClassShards, gathered, varying_as
+from ._softmax import row_of_others
 
 
-def max_classes(layer: Layer, rows: int, block_size: int | None, with_entropy: bool) -> int:
+def max_classes(layer: Layer, rows: int, block_size: int | None, arrays: int) -> int:
     """Classes per block of each part. Adding dx up costs R/C of three matmuls for C classes per block.
 
     R is the device's peak over its bandwidth: 295 on an H100, 240 on a TPU v5e. So C is 2048 there, or more where the
-    float32 logits of a block then still fit in 64 MiB. On CPU they fit in 32 MiB; with entropy together with the
-    four arrays that XLA makes of them there.
+    float32 logits of a block then still fit in 64 MiB. On CPU they fit in 32 MiB, together with the other arrays that
+    XLA makes of them there: four for the entropy, one for listed classes.
     """
     if block_size is not None:
         block_size = 128 * -(-block_size // 128)
     else:
         rows = known(rows, 2**13)
-        numbers = 2**23 // (5 if with_entropy else 1) if layer.on_cpu else 2**24
+        numbers = 2**23 // arrays if layer.on_cpu else 2**24
         block_size = max(0 if layer.on_cpu else 2048, numbers // max(1, rows))
     return layer.devices * block_size // layer.parts
+
+
+def _arrays(with_entropy: bool, selection: Selection) -> int:
+    return 5 if with_entropy else 1 if selection.class_ids is None else 2
 
 
 def class_blocked_rows(
@@ -46,7 +52,8 @@ def class_blocked_rows(
 ) -> tuple[Row, Array | None]:
     """The numbers of the rows [...] of x [..., D], differentiable with respect to `inputs`.
 
-    `inputs.others` is `Values` without logits. With entropy, also 1.0 where the label is the first largest class.
+    `inputs.others` is `Values` without logits. With entropy, also 1.0 where the label is the first largest class. With
+    listed classes, the numbers of the other classes, and the logits [..., M] of those listed.
     """
     static = shards, block_size
     inputs = varying_as(inputs, inputs, selection, shards.first())
@@ -59,79 +66,97 @@ def class_blocked_rows(
         loop = functools.partial(_backward, perturbed=perturbed[0])
         return layer.by_platform(lambda layer, *args: loop(layer, *static, *args), *arguments, out, g), None
 
-    return with_backward(forward, backward)((inputs, selection))
+    (row, listed), correct = with_backward(forward, backward)((inputs, selection))
+    return row, correct if with_entropy else listed
 
 
 def _block(layer: Layer, shards: ClassShards, inputs: Inputs, selection: Selection, start, size: int):
     """Of one block of classes: w, `Values`, `Selection`, and its classes [1, ..., 1, C]."""
 
-    def take(a):
-        return None if a is None else layer.take(a, start, size, -1)
+    def take(a) -> Any:
+        return None if a is None else layer.take(a, start, size, -1) if a.shape[-1:] == (layer.classes,) else a
 
     w = layer.take_w(inputs.w, start, size)
     z = layer.logits(inputs.x, w, take(inputs.bias))
     ids = jnp.expand_dims(layer.take(shards.ids(), start, size), range(z.ndim - 1))
-    values = inputs.others._replace(logits=z, class_weights=take(inputs.others.class_weights))
+    values = jax.tree.map(take, inputs.others)._replace(logits=z)
     selection = selection._replace(class_mask=take(selection.class_mask))
+    if selection.class_ids is not None:
+        part, place = jnp.divmod(selection.class_ids, layer.classes // layer.parts)
+        here = (place >= start) & (place < start + size)
+        selection = selection._replace(class_ids=jnp.where(here, part * size + place - start, _labels.INVALID))
     return w, values, selection, ids
 
 
 def _forward(layer: Layer, shards, block_size, inputs: Inputs, selection, with_entropy: bool):
     inputs = inputs._replace(w=gathered(inputs.w, 1 - layer.class_axis))
-    labels = selection.labels
+    labels, class_ids = selection.labels, selection.class_ids
 
     @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2,))
     def step(total, start, size):
+        total, listed = total
         _, values, selected, ids = _block(layer, shards, inputs, selection, start, size)
         z, t = prepared(values, selected)
-        at_label = ids == labels[..., None]
-        return _rule.joined(total, sums_of_block(layer.on_cpu, z, at_label, t, ids if with_entropy else None))
+        s = sums_of_block(layer.on_cpu, z, _at(labels, ids), t, ids if with_entropy else None)
+        listed = None if listed is None else listed + listed_vjp(values, selected)[0]
+        return _rule.joined(total, s), listed
 
-    zeros = varying_as(jnp.zeros(labels.shape, layer.sum_dtype), inputs)
+    zeros = varying_as(jnp.zeros(inputs.x.shape[:-1], layer.sum_dtype), inputs)
     t = None if inputs.others.targets is None else zeros
     no_class = jnp.full_like(zeros, jnp.iinfo(jnp.int32).max, jnp.int32) if with_entropy else None
-    nothing = single(zeros - jnp.inf, zeros > 0, t, no_class)
-    nothing = nothing._replace(logit=jnp.where(labels == _labels.INVALID, jnp.nan, zeros))
-    most = max_classes(layer, labels.size, block_size, with_entropy)
-    s = over_classes(step, nothing, layer.classes // layer.parts, most)
+    nothing = single(zeros - jnp.inf, None if labels is None else zeros > 0, t, no_class)
+    if labels is not None:
+        nothing = nothing._replace(logit=jnp.where(labels == _labels.INVALID, jnp.nan, zeros))
+    listed = None if class_ids is None else jnp.broadcast_to(zeros[..., None], class_ids.shape)
+    most = max_classes(layer, zeros.size, block_size, _arrays(with_entropy, selection))
+    s, listed = over_classes(step, (nothing, listed), layer.classes // layer.parts, most)
     s = shards.joined(s)
     row, correct = _rule.row_of(s), None
     if with_entropy:  # floating, since in shard_map no integer can have the tangent that JAX expects
         correct = ((s.first == labels) & ~jnp.isnan(row.loss)).astype(layer.sum_dtype)
-    return row, correct
+    return (row, None) if listed is None else (row_of_others(row), shards.total(listed)), correct
 
 
-def _backward(layer: Layer, shards, block_size, inputs: Inputs, selection, out: Row, g: Row, perturbed: Inputs):
+def _at(labels: Array | None, ids: Array) -> Any:
+    return None if labels is None else ids == labels[..., None]
+
+
+def _backward(layer: Layer, shards, block_size, inputs: Inputs, selection, out, g, perturbed: Inputs):
     """The gradients of ⟨g, out⟩ with respect to `inputs`, None where not `perturbed`."""
     inputs = inputs._replace(w=gathered(inputs.w, 1 - layer.class_axis))
-    rows = range(selection.labels.ndim)
-    row, g = jax.tree.map(lambda a: a[..., None], (out, shards.cotangents(g, inputs.x)))
+    rows, g = range(inputs.x.ndim - 1), shards.cotangents(g, inputs.x)
+    row, g_row = jax.tree.map(lambda a: a[..., None], (out[0], g[0]))
 
     @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(3,))
     def step(x_transposed, grads, start, size):
         w, values, selected, ids = _block(layer, shards, inputs, selection, start, size)
         (z, t), options_vjp = prepared_vjp(values, selected)
-        (dvalues,) = options_vjp(_rule.gradient(z, ids == selection.labels[..., None], t, row, g))
+        at_c = (row.log_sum < 0.5) & (z == row.shift) if selection.labels is None else _at(selection.labels, ids)
+        (dvalues,) = options_vjp(_rule.gradient(z, at_c, t, row, g_row))
+        if selected.class_ids is not None:
+            dvalues = listed_vjp(values, selected)[1](dvalues, g[1])
         dz = dvalues.logits
 
         def put(total, block, axis=-1):
             return layer.put(total, block, start, axis)
 
-        def added(name, total, block):
-            return None if total is None else put(total, block) if name == "class_weights" else total + block
+        def added(total, block):
+            if total is None:
+                return None
+            return put(total, block) if total.shape[-1:] == (layer.classes,) else total + block
 
         dw = layer.dw(inputs.x, dz, x_transposed) if perturbed.w else None
         return Inputs(
             grads.x + layer.dx(dz, w) if perturbed.x else None,
             put(grads.w, dw, layer.class_axis) if perturbed.w else None,
             put(grads.bias, dz.sum(rows)) if perturbed.bias else None,
-            Values(*map(added, Values._fields, grads.others, dvalues)),
+            Values(*map(added, grads.others, dvalues)),
         )
 
     grads = jax.tree.map(lambda a, moves: jnp.zeros_like(a) if moves else None, inputs, perturbed)
     grads = grads if grads.x is None else grads._replace(x=grads.x.astype(layer.sum_dtype))
 
     step = functools.partial(step, layer.transposed(inputs.x) if perturbed.w else None)
-    most = max_classes(layer, selection.labels.size, block_size, row.entropy is not None)
+    most = max_classes(layer, row.shift.size, block_size, _arrays(row.entropy is not None, selection))
     grads = over_classes(step, grads, layer.classes // layer.parts, most)
     return grads if grads.x is None else grads._replace(x=grads.x.astype(inputs.x.dtype))

@@ -23,10 +23,11 @@ from ._checks import Arrays
 from ._class_blocks import class_blocked_rows
 from ._elementary import weighted
 from ._matmuls import Inputs, Layer
-from ._options import Options, Selection, Values, combined, with_uniform_targets
+from ._options import Options, Selection, Values, with_dense_targets, with_uniform_targets
 from ._row_blocks import check_constants, coupled, losses_axes, row_parts, sweep_of
 from ._sharding import ClassShards, in_auto, mesh_axes, reduced_as, varying_as, varying_over
 from ._softmax import row_statistics
+from ._top_k import listed_classes, loss_of_rows, top_k_labels
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -130,7 +131,7 @@ def _by_rows(layer: Layer, loss_fn, has_aux: bool, reduction, block_size, parts,
 def linear_cross_entropy(
     x: Arrays,
     w: Arrays,
-    labels: Arrays,
+    labels: Arrays | tuple[Arrays, Arrays],
     *,
     bias: Arrays | None = None,
     weights: Arrays | None = None,
@@ -138,6 +139,7 @@ def linear_cross_entropy(
     normalizer: ArrayLike | None = None,
     ignore_index: ArrayLike | None = None,
     class_mask: Arrays | None = None,
+    tail: bool = False,
     label_smoothing: ArrayLike = 0.0,
     class_weights: Arrays | None = None,
     logit_cap: ArrayLike | None = None,
@@ -156,11 +158,14 @@ def linear_cross_entropy(
     Args:
         x, w, bias: floating, with shapes [..., num_features], [num_features, num_classes] and [num_classes].
         class_axis: the class axis of w: -1, or 0 for w [num_classes, num_features], as tied embeddings have it.
-        labels: integer, with shape [...], in [0, num_classes), counted over all shards.
+        labels: integer, with shape [...], in [0, num_classes), counted over all shards. Or floating targets, with shape
+            [..., num_classes], as of `softmax_cross_entropy`. Or a pair (class_ids, targets), each with shape [..., M],
+            as of `softmax_cross_entropy_with_top_k_labels`.
+        tail: with such a pair, whether all other classes are one class more.
         weights: real, with shape [...], default all ones. They multiply the rows' losses.
         reduction, normalizer, dtype: see `fused_linear`. A mean without normalizer divides by Σ weights of the rows not
-            ignored, each times its label's class weight, as PyTorch does.
-        ignore_index: rows with this label are ignored. Any integer, a class or not.
+            ignored, each times its integer label's class weight, as PyTorch does.
+        ignore_index: rows with this integer label are ignored. Any integer, a class or not.
         class_mask: bool, with shape [num_classes], True for the classes that take part, such as those of a vocabulary
             without its padding. A masked class has probability 0; its part of `w`, gradient 0, must still be finite.
         label_smoothing, class_weights, logit_cap, z_loss: see `softmax_cross_entropy`, where y is onehot(y).
@@ -194,48 +199,76 @@ def linear_cross_entropy(
     class_axis, dtype, block_size = check_options(function, reduction, class_axis, dtype, block_size)
     _checks.one_of(function, "recompute", recompute, (None, True, False), "a bool or None")
     layer, x, w, bias = Layer.of(function, x, w, bias, class_axis, dtype)
-    labels = _checks.integer(function, "labels", labels)
-    _checks.shape(function, "labels", labels, x.shape[:-1], "one label for each row of x")
-    weights, normalizer = _check_weights(function, weights, normalizer, labels.shape, reduction, layer)
+    rows = x.shape[:-1]
+    weights, normalizer = _check_weights(function, weights, normalizer, rows, reduction, layer)
     given = dict(label_smoothing=label_smoothing, class_weights=class_weights, logit_cap=logit_cap, z_loss=z_loss)
     shards = ClassShards(layer.classes, _checks.mesh_axis(function, axis_name))
     options = Options.of(function, layer.sum_dtype, x.ndim, shards, given)
-    x, selection = masked_rows(function, x, labels, class_mask, ignore_index, shards)
+    labelled = _labelled(function, layer, x, labels, tail, ignore_index, class_mask, options, shards)
+    x, selection, targets, listed = labelled
     if weights is not None and selection.row_mask is not None:
         weights = jnp.where(selection.row_mask, weights, 0)
     if reduction == "mean" and normalizer is None:
-        normalizer = _mean_divisor(layer, options, weights, selection, shards)
-    scale = _row_scale(reduction, weights, normalizer, labels.shape, layer)
+        normalizer = _mean_divisor(layer, rows, options, weights, selection, shards)
+    scale = _row_scale(reduction, weights, normalizer, rows, layer)
     if recompute is None:
         recompute = reduction == "none" or (w.dtype.itemsize < layer.sum_dtype.itemsize and layer.devices == 1)
     loss_of = functools.partial(_loss_of, layer, shards, recompute, reduction, block_size, row_parts(x))
-    axes = labels.ndim if reduction == "none" else 0
-    return in_auto(loss_of, x, axes, x, w, bias, selection, scale, options)
+    axes = len(rows) if reduction == "none" else 0
+    return in_auto(loss_of, x, axes, x, w, bias, (selection, targets, listed), scale, options)
 
 
-def _loss_of(layer: Layer, shards, by_classes, reduction, block_size, parts, x, w, bias, selection, scale, options):
+def _loss_of(layer: Layer, shards, by_classes, reduction, block_size, parts, x, w, bias, labelled, scale, options):
     """Each loss times `scale`, or their sum. The loss is ordinary JAX of the rows' numbers."""
-    everything = x, w, bias, selection, scale, options
+    everything = x, w, bias, labelled, scale, options
     axes = mesh_axes(everything) - mesh_axes(shards.first())
-    x, w, bias, selection, scale, options = varying_over(axes, everything)
+    x, w, bias, (selection, targets, listed), scale, options = varying_over(axes, everything)
 
-    def values_of(logits, ndim):
-        return with_uniform_targets(Values(logits, logit_cap=options.logit_cap), options, ndim, layer.sum_dtype)
+    def values_of(logits, ndim, selection, targets):
+        values = Values(logits, targets, logit_cap=options.logit_cap)
+        if targets is None:
+            return with_uniform_targets(values, options, ndim, layer.sum_dtype)
+        return with_dense_targets(values, targets.shape, options, selection, layer.sum_dtype, shards)
 
-    def loss_of_block(logits, selection):
+    def loss_of_block(logits, selection, targets, listed):
         selection = selection._replace(class_mask=class_mask)
-        row, _ = row_statistics(values_of(logits, logits.ndim), selection, shards)
-        return combined(row, options, selection, shards)
+        values = values_of(logits, logits.ndim, selection, targets)
+        return loss_of_rows(*row_statistics(values, selection, shards), listed, options, selection, shards)
 
     if not by_classes:  # blocks [B, K]
         per_class = options.class_weights, selection.class_mask
         weights, class_mask = jax.tree.map(lambda a: a.reshape(1, -1), per_class)
-        options, rows = options._replace(class_weights=weights), selection._replace(class_mask=None)
-        return _by_rows(layer, loss_of_block, False, reduction, block_size, parts, x, w, bias, (rows,), scale)[0]
-    row, _ = class_blocked_rows(layer, Inputs(x, w, bias, values_of(None, x.ndim)), selection, block_size, shards)
-    loss = combined(row, options, selection, shards)
+        options, rows = options._replace(class_weights=weights), (selection._replace(class_mask=None), targets, listed)
+        return _by_rows(layer, loss_of_block, False, reduction, block_size, parts, x, w, bias, rows, scale)[0]
+    inputs = Inputs(x, w, bias, values_of(None, x.ndim, selection, targets))
+    found = class_blocked_rows(layer, inputs, selection, block_size, shards)
+    loss = loss_of_rows(*found, listed, options, selection, shards)
     loss = loss if scale is None else weighted(scale, loss)
     return loss if reduction == "none" else jnp.sum(loss)
+
+
+def _labelled(
+    function, layer: Layer, x, labels, tail, ignore_index, class_mask, options: Options, shards: ClassShards
+) -> tuple[Array, Selection, Array | None, Any]:
+    """x, `Selection`, the targets of dense labels, and what `loss_of_rows` takes of listed classes."""
+    rows, pair = x.shape[:-1], isinstance(labels, tuple)
+    if pair and len(labels) != 2:
+        raise _checks.value_error(function, "labels", f"a tuple of {len(labels)}", "(class_ids, targets)")
+    if tail and not pair:
+        raise _checks.value_error(function, "tail", "True", "it with labels (class_ids, targets)")
+    if not pair and not jnp.issubdtype(getattr(labels, "dtype", jnp.int32), jnp.floating):
+        labels = _checks.integer(function, "labels", labels)
+        _checks.shape(function, "labels", labels, rows, "one label for each row of x")
+        return *masked_rows(function, x, labels, class_mask, ignore_index, shards), None, None
+    if ignore_index is not None:
+        raise _checks.value_error(function, "ignore_index", f"{ignore_index!r}", "None, unless labels are integers")
+    x, selection = masked_rows(function, x, None, class_mask, None, shards)
+    if pair:
+        ids, t = top_k_labels(function, labels[0], labels[1], rows)
+        selection, listed = listed_classes(ids, t.astype(layer.sum_dtype), tail, options, selection, shards)
+        return x, selection, None, listed
+    targets = _checks.shape(function, "labels", jnp.asarray(labels), (*rows, shards.local), "a target for each class")
+    return x, selection, targets.astype(layer.sum_dtype) if targets.dtype == jnp.float64 else targets, None
 
 
 def masked_rows(function, x, labels, class_mask, ignore_index, shards) -> tuple[Array, Selection]:
@@ -243,23 +276,24 @@ def masked_rows(function, x, labels, class_mask, ignore_index, shards) -> tuple[
 
     Without any class, no row counts.
     """
-    row_mask = None
+    row_mask, rows = None, x.shape[:-1]
     if class_mask is not None:
         class_mask = _checks.boolean(function, "class_mask", class_mask)
         _checks.shape(function, "class_mask", class_mask, (shards.local,), "one bool for each class of w")
-        row_mask = jnp.broadcast_to(shards.total(class_mask.any().astype(jnp.int32)) > 0, labels.shape)
-        class_mask = jnp.expand_dims(class_mask, range(labels.ndim))
+        row_mask = jnp.broadcast_to(shards.total(class_mask.any().astype(jnp.int32)) > 0, rows)
+        class_mask = jnp.expand_dims(class_mask, range(len(rows)))
     if ignore_index is not None:
         kept = ~_labels.ignored(function, labels, ignore_index)
         row_mask = kept if row_mask is None else row_mask & kept
     if row_mask is not None:
         x = jnp.where(row_mask[..., None], x, 0)
-    return x, Selection(_labels.class_ids(labels, class_mask, row_mask, shards), class_mask, row_mask)
+    labels = None if labels is None else _labels.class_ids(labels, class_mask, row_mask, shards)
+    return x, Selection(labels, class_mask, row_mask)
 
 
-def _mean_divisor(layer: Layer, options: Options, weights, selection: Selection, shards: ClassShards) -> Array:
-    divisor = jnp.ones(selection.labels.shape, layer.sum_dtype) if weights is None else weights
-    if options.class_weights is not None:
+def _mean_divisor(layer: Layer, rows, options: Options, weights, selection: Selection, shards: ClassShards) -> Array:
+    divisor = jnp.ones(rows, layer.sum_dtype) if weights is None else weights
+    if options.class_weights is not None and selection.labels is not None:
         class_weight = _labels.label_weight(selection.labels, options.class_weights, selection.row_mask, shards)
         divisor = divisor * class_weight
     return jnp.sum(divisor if selection.row_mask is None else jnp.where(selection.row_mask, divisor, 0))

@@ -13,7 +13,7 @@ from . import _checks
 from ._arguments import classes_last, labelled_rows, with_masks
 from ._checks import Arrays, Axes
 from ._labels import ignored, signed
-from ._options import Options, Selection, Values, combined, masked_mean, statistics_dtype, with_uniform_targets
+from ._options import Options, Selection, Values, combined, statistics_dtype, with_dense_targets, with_uniform_targets
 from ._rule import Row
 from ._sharding import in_auto
 from ._softmax import row_statistics
@@ -82,10 +82,8 @@ def softmax_cross_entropy(
     dtype = statistics_dtype(z, targets)
     options = Options.of(function, dtype, z.ndim, shards, given)
 
-    values = Values(z, targets, class_weights=options.class_weights, logit_cap=options.logit_cap)
-    if options.label_smoothing is not None:
-        floor = options.label_smoothing * masked_mean(targets, selection, z, dtype, shards)
-        values = values._replace(target_scale=1 - options.label_smoothing, target_floor=floor)
+    values = Values(z, targets, logit_cap=options.logit_cap)
+    values = with_dense_targets(values, z.shape, options, selection, dtype, shards)
     row, _ = row_statistics(values, selection, shards)
     return combined(row, options, selection, shards)
 

@@ -151,6 +151,12 @@ class Layer(NamedTuple):
         return lax.dot_general(a, b, ((a_axes, b_axes), (both, both)), preferred_element_type=self.sum_dtype)
 
 
+def tpu_or_not(on_tpus: Callable[..., Any], elsewhere: Callable[..., Any], *args: Any) -> Any:
+    """As `_schedule.by_platform`: both are traced, a constant selects, and XLA drops the other."""
+    tpu = lax.platform_dependent(tpu=lambda: jnp.array(True), default=lambda: jnp.array(False))
+    return jax.tree.map(functools.partial(jnp.where, tpu), on_tpus(*args), elsewhere(*args))
+
+
 def scan_blocks(layer: Layer, block: Callable[..., Any], start: Any, slices: Any) -> Any:
     """`lax.scan`. On GPUs the first block comes before the loop: dw then starts from it, not from zeros.
 

@@ -14,6 +14,7 @@ from jax import Array
 from . import _checks
 from ._elementary import product, soft_capped, weighted
 from ._labels import label_weight
+from ._listed import added_at, is_here, is_listed
 from ._rule import Row
 from ._sharding import ClassShards
 
@@ -38,6 +39,7 @@ class Selection(NamedTuple):
     labels: Any = None  # [...] as in `_labels`
     class_mask: Any = None  # bool, broadcast against the logits; every row that counts has an unmasked class
     row_mask: Any = None  # [...] bool, the rows that count
+    class_ids: Any = None  # [..., M] as in `_listed`: classes of this shard that are listed, and left out of the sums
 
     @property
     def mask(self) -> Array | None:
@@ -97,6 +99,10 @@ def prepared(values: Values, selection: Selection) -> tuple[Array, Array | None]
     Masked classes get the logit −inf and the target 0; rows that do not count become all 0. What they held is replaced
     before anything is computed from it, or a NaN there would reach the gradients of the options.
     """
+    if selection.class_ids is not None:
+        others = ~is_listed(selection.class_ids, values.logits)
+        mask = others if selection.class_mask is None else others & selection.class_mask
+        selection = Selection(None, mask, selection.row_mask)
     mask, class_mask, row_mask = selection.mask, selection.class_mask, selection.row_mask
     z = values.logits.astype(statistics_dtype(values.logits, values.targets))
     z = z if mask is None else jnp.where(mask, z, 0)
@@ -116,13 +122,43 @@ def prepared(values: Values, selection: Selection) -> tuple[Array, Array | None]
 
 
 def prepared_vjp(values: Values, selection: Selection) -> tuple[tuple[Array, Array | None], Callable]:
-    """`prepared`, with targets of the logits' shape, and its vjp."""
+    """`prepared`, with targets of the logits' shape, and its vjp.
+
+    Listed classes are not masked here, but their cotangents are: masked before, the gradient's pass would take XLA on
+    CPU a quarter longer.
+    """
 
     def alike(values):
-        z, t = prepared(values, selection)
+        z, t = prepared(values, selection._replace(class_ids=None))
         return z, None if t is None else jnp.broadcast_to(t, z.shape)
 
-    return jax.vjp(alike, values)
+    (z, t), vjp = jax.vjp(alike, values)
+    if selection.class_ids is None:
+        return (z, t), vjp
+    listed = is_listed(selection.class_ids, values.logits)
+    return (z, t), lambda cotangents: vjp(jax.tree.map(lambda a: jnp.where(listed, 0, a), cotangents))
+
+
+def listed_vjp(values: Values, selection: Selection) -> tuple[Array, Callable[[Values, Array], Values]]:
+    """The logits [..., M] of the listed classes as the rule sees them, 0 for those not here, and their vjp.
+
+    It adds to the gradient of `values`, in which that of the logits is 0 at the listed classes.
+    """
+    here = is_here(selection.class_ids, values.logits.shape[-1])
+    index = jnp.where(here, selection.class_ids, 0)
+    listed = jnp.take_along_axis(values.logits, index, -1, mode="promise_in_bounds")
+
+    def seen(listed, cap):
+        return jnp.where(here, prepared(Values(listed, logit_cap=cap), Selection(row_mask=selection.row_mask))[0], 0)
+
+    z, vjp = jax.vjp(seen, listed, values.logit_cap)
+
+    def added(dvalues, g):
+        dlisted, dcap = vjp(g)
+        logits = added_at(dvalues.logits, selection.class_ids, dlisted)
+        return dvalues._replace(logits=logits, logit_cap=None if dcap is None else dvalues.logit_cap + dcap)
+
+    return z, added
 
 
 def combined(row: Row, options: Options, selection: Selection, shards: ClassShards) -> Array:
@@ -153,8 +189,14 @@ def with_uniform_targets(values: Values, options: Options, ndim: int, dtype: Any
     return values._replace(targets=jnp.ones((1,) * ndim, dtype), class_weights=options.class_weights)
 
 
-def masked_mean(targets: Array, selection: Selection, like: Array, dtype: Any, shards: ClassShards) -> Array:
-    """The mean of dense targets over the classes of each row [..., 1] that are not masked."""
-    t = jnp.broadcast_to(targets.astype(dtype), like.shape)
+def with_dense_targets(
+    values: Values, shape: tuple[int, ...], options: Options, selection: Selection, dtype: Any, shards: ClassShards
+) -> Values:
+    """`values` with smoothing and class weights of their dense targets, for logits of this shape."""
+    values, smoothing = values._replace(class_weights=options.class_weights), options.label_smoothing
+    if smoothing is None:
+        return values
+    t = jnp.broadcast_to(values.targets.astype(dtype), shape)
     t = t if selection.mask is None else jnp.where(selection.mask, t, 0)
-    return shards.total(t.sum(-1, keepdims=True)) / jnp.asarray(selection.class_count(shards), dtype)
+    mean = shards.total(t.sum(-1, keepdims=True)) / jnp.asarray(selection.class_count(shards), dtype)
+    return values._replace(target_scale=1 - smoothing, target_floor=smoothing * mean)

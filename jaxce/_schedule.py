@@ -19,7 +19,9 @@ from jax import Array, lax
 
 from . import _labels
 from ._checks import known
-from ._options import Selection, Values, prepared, statistics_dtype
+from ._elementary import exp
+from ._listed import is_here, zeroed_at
+from ._options import Selection, Values, listed_vjp, prepared, statistics_dtype
 from ._rule import Sums, joined, row_of, sums
 from ._sharding import ClassShards, devices
 
@@ -83,11 +85,12 @@ def single(z: Array, at_label: Array | None, t: Array | None, ids: Array | None)
     return Sums(shift=z, rest=rest, logit=logit, mass=t, distance=distance, moment=moment, first=ids)
 
 
-def sums_of_block(on_cpu: bool, z: Array, at_label: Array, t: Array | None, ids: Array | None) -> Sums:
+def sums_of_block(on_cpu: bool, z: Array, at_label: Array | None, t: Array | None, ids: Array | None) -> Sums:
     """The `Sums` of a block of logits [..., C] that is not kept."""
     if not on_cpu:
         return one_pass(z, at_label, t, ids)
-    return sums(z, z.max(-1), at_label, jnp.where(at_label, z, 0).sum(-1), t, ids)
+    logit = None if at_label is None else jnp.where(at_label, z, 0).sum(-1)
+    return sums(z, z.max(-1), at_label, logit, t, ids)
 
 
 def _on_cpu(shards: ClassShards, with_entropy, differentiated, values: Values, selection: Selection) -> Sums:
@@ -96,6 +99,8 @@ def _on_cpu(shards: ClassShards, with_entropy, differentiated, values: Values, s
     if differentiated and label_alone and keeps_exponentials(values, selection):
         return separate((values, selection))
     first = about_label if label_alone and shards.axis_name is None else None
+    if selection.class_ids is not None and values.targets is None:
+        first = about_listed
     return in_row_blocks(separate, values.logits, (values, selection), first)
 
 
@@ -104,6 +109,8 @@ def _separate_passes(shards: ClassShards, with_entropy: bool, arguments: tuple[V
     values = rounded_once(values)
     z, t = prepared(values, selection)
     m, logit, at_label = z.max(-1), None, None
+    if selection.class_ids is not None and t is None:
+        return _sums_of_others(values, selection, m)[0]
     if selection.labels is not None:
         values, logit = label_logit(values, selection, m, shards)
         z, t = prepared(values, selection)  # again, as the logits are now behind a barrier
@@ -126,6 +133,30 @@ def about_label(arguments: tuple[Values, Selection]) -> tuple[Sums, Array]:
     z, _ = prepared(values, selection)
     s = sums(z, logit, is_label(selection.labels, z, shards), logit)
     return s, (row_of(s).loss < 32) | jnp.isnan(logit)
+
+
+def about_listed(arguments: tuple[Values, Selection]) -> tuple[Sums, Array]:
+    """The `Sums` of the classes beside those listed, without targets, and for which rows they are good.
+
+    As in `about_label`, at first about the largest logit of those listed. No class is left out. The shift is then moved
+    by a whole number to near the log-normalizer, so that no other class is far above it.
+    Test: test_top_k_labels_leave_little for the memory; the benchmark, top-k labels, for the time.
+    """
+    values, selection = arguments
+    here = is_here(selection.class_ids, values.logits.shape[-1])
+    listed = jnp.where(here, listed_vjp(values, selection)[0], -jnp.inf)
+    m = lax.optimization_barrier(listed.max(-1, initial=-jnp.inf))
+    s, total = _sums_of_others(values, selection, m)
+    return s, (total > 1e-13) & (total < 1e13)
+
+
+def _sums_of_others(values: Values, selection: Selection, m: Array) -> tuple[Sums, Array]:
+    """As `about_listed`, about m; and Σ exp(z − m). Masked before exp, logits would be one more array."""
+    z, _ = prepared(values, selection._replace(class_ids=None))
+    e = exp(z - jnp.maximum(m, jnp.finfo(z.dtype).min)[..., None])
+    total = zeroed_at(e, selection.class_ids).sum(-1)
+    shift = m + jnp.round(jnp.log(total))
+    return Sums(shift, total * exp(m - shift) - 1, None), total
 
 
 def keeps_exponentials(values: Values, selection: Selection) -> bool:
@@ -151,6 +182,15 @@ def rounded_once(values: Values) -> Values:
     Test: none fails on jax 0.10 and 0.12, which happen to round once; an FMA of a product and the shift is possible.
     """
     return values._replace(logits=lax.optimization_barrier(values.logits))
+
+
+def listed_anew(selection: Selection) -> Selection:
+    """Symptom: XLA keeps which classes are listed, 1 byte for each logit, from one pass to the next.
+    Remedy: a barrier has the bits of `is_listed` made anew.
+    Test: test_a_loss_of_logits_reads_them_twice_and_writes_its_gradient, top-k labels.
+    """
+    ids = selection.class_ids
+    return selection if ids is None else selection._replace(class_ids=lax.optimization_barrier(ids))
 
 
 def label_logit(values: Values, selection: Selection, m: Array, shards: ClassShards) -> tuple[Values, Array]:

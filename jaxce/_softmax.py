@@ -9,7 +9,7 @@ from jax import Array
 
 from . import _rule, _schedule
 from ._autodiff import with_forward_mode
-from ._options import Selection, Values, prepared_vjp
+from ._options import Selection, Values, listed_vjp, prepared_vjp
 from ._rule import Row
 from ._sharding import ClassShards, in_auto, varying_as
 
@@ -18,7 +18,7 @@ def row_statistics(values: Values, selection: Selection, shards: ClassShards, wi
     """The numbers of each row [...], differentiable in every mode with respect to `values`.
 
     In float32, or float64 for float64 logits or targets. With entropy, also 1.0 where the label is the first of the
-    largest logits, else 0.0.
+    largest logits, else 0.0. With listed classes, the numbers of the others, and the logits [..., M] of those listed.
     """
     rule = _rule_of(shards, with_entropy)
     values = varying_as(values, values, selection, shards.first())
@@ -31,10 +31,12 @@ def _rule_of(shards: ClassShards, with_entropy: bool, differentiated: bool = Fal
     @jax.jit  # or each eager call would compile its branches anew
     def rule(values, selection):
         s = shards.joined(_schedule.class_sums(shards, with_entropy, differentiated, values, selection))
-        row, correct = _rule.row_of(s), None
+        row, more = _rule.row_of(s), None
         if with_entropy:  # floating, since the outputs have cotangents
-            correct = ((s.first == selection.labels) & ~jnp.isnan(row.loss)).astype(s.shift.dtype)
-        return row, correct
+            more = ((s.first == selection.labels) & ~jnp.isnan(row.loss)).astype(s.shift.dtype)
+        if selection.class_ids is not None:
+            row, more = row_of_others(row), shards.total(listed_vjp(values, selection)[0])
+        return row, more
 
     def forward(values, selection):
         # The rule is called again, so that derivatives of residuals (second order) are the rule's, not its body's.
@@ -43,21 +45,24 @@ def _rule_of(shards: ClassShards, with_entropy: bool, differentiated: bool = Fal
         return out, (values, selection, out[0]._replace(loss=None, target_loss=None))
 
     def backward(residuals, cotangents):
-        return _backward(shards, *residuals, cotangents[0]), None
+        return _backward(shards, *residuals, *cotangents), None
 
     rule.defvjp(forward, backward)
     return with_forward_mode(rule)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _backward(shards: ClassShards, values: Values, selection: Selection, row: Row, g: Row) -> Values:
+def _backward(shards: ClassShards, values: Values, selection: Selection, row: Row, g: Row, g_more: Any) -> Values:
     """`o − y` of the logits that the rule sees, then back through the options. `row` comes without the label's loss."""
     labels, in_place, logit = selection.labels, _schedule.reads_label_in_place(values.logits), None
-    values = _schedule.rounded_once(values)
+    values, selection = _schedule.rounded_once(values), _schedule.listed_anew(selection)
     if labels is not None and not in_place:
         values, logit = _schedule.label_logit(values, selection, row.shift, shards)
     (z, t), options_vjp = prepared_vjp(values, selection)
     row, g, logit = jax.tree.map(lambda a: a[..., None], (row, shards.cotangents(g, z), logit))
+    if selection.class_ids is not None:
+        # No other class is far above the shift. exp of a listed one could be inf, and in forward mode meets a 0.
+        z = jnp.where(z > row.shift + 1, row.shift + 1, z)
     if labels is None:
         at_c = (row.log_sum < 0.5) & (z == row.shift)
     else:
@@ -65,7 +70,15 @@ def _backward(shards: ClassShards, values: Values, selection: Selection, row: Ro
         if in_place:
             logit = _schedule.rounded_alike(jnp.where(at_c, z, row.shift), row.shift, values.logit_cap)
         row = row._replace(loss=_label_loss(row.shift, row.log_sum, logit))
-    return options_vjp(_rule.gradient(z, at_c, t, row, g))[0]
+    (dvalues,) = options_vjp(_rule.gradient(z, at_c, t, row, g))
+    if selection.class_ids is not None:
+        dvalues = listed_vjp(values, selection)[1](dvalues, shards.cotangents(g_more, z))
+    return dvalues
+
+
+def row_of_others(row: Row) -> Row:
+    """Where every class is listed, the log-normalizer of the others, shift + log_sum, is −inf, not NaN."""
+    return jax.tree.map(lambda a: jnp.where(jnp.isneginf(row.shift) & jnp.isnan(a), 0, a), row)
 
 
 def _label_loss(m: Array, log_sum: Array, logit: Array) -> Array:

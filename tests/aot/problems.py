@@ -164,6 +164,18 @@ def mean_of_every_statistic(logits, labels):
     return (found.log_prob + found.log_normalizer + found.entropy).mean()
 
 
+def mean_of_top_k(logits, class_ids, targets):
+    return jaxce.softmax_cross_entropy_with_top_k_labels(logits, class_ids, targets, tail=True).mean()
+
+
+def top_k_of_a_head(x, w, class_ids, targets):
+    return jaxce.linear_cross_entropy(x, w, (class_ids, targets), tail=True)
+
+
+def top_k(rows: int = TOKENS, listed: int = 64) -> tuple:
+    return tuple(jax.ShapeDtypeStruct((rows, listed), dtype) for dtype in (jnp.int32, jnp.float32))
+
+
 def cases_of_logits(problem: str, shape: tuple[int, int] = LOGITS) -> list[Case]:
     dtype = LOGITS_DTYPES[problem]
     z, labels, class_weights, where = logits(dtype, shape)
@@ -174,6 +186,7 @@ def cases_of_logits(problem: str, shape: tuple[int, int] = LOGITS) -> list[Case]
         "jaxce, every option": (mean_loss_with_every_option, integer),
         "jaxce, dense targets": (lambda z, t: jaxce.softmax_cross_entropy(z, t).mean(), dense),
         "jaxce, statistics": (mean_of_every_statistic, (z, labels)),
+        "jaxce, top-k labels": (mean_of_top_k, (z, *top_k(shape[0]))),
     }
     if installed("optax"):
         import optax

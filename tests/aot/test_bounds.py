@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from .measure import Measured, measure
-from .problems import ALL_HEADS, LOGITS_DTYPES, Case, blocks_of, cases, gradients, head
+from .problems import ALL_HEADS, HEADS, LOGITS_DTYPES, Case, blocks_of, cases, gradients, head, top_k, top_k_of_a_head
 
 pytestmark = pytest.mark.aot
 slow = pytest.mark.slow
@@ -63,6 +63,14 @@ def test_a_language_model_s_head_takes_little_more_than_its_matmuls(contender, t
     assert all(a <= b for a, b in zip(took, bound, strict=True)), took
 
 
+@targets
+def test_top_k_labels_of_a_head_take_little_more(target):
+    x, w, _ = head(*HEADS[FIRST])
+    took = measure(gradients(top_k_of_a_head), (x, w, *top_k()), target)
+    assert took.time <= (1.75 if target == "H100" else 1.5), took.time
+    assert took.temp_mib <= (192 if target == "H100" else 290), took.temp_mib
+
+
 # --- Logits ------------------------------------------------------------------------------------------------------
 
 QUICK_LOSSES = {("logits", "jaxce"), ("logits", "jaxce, every option")}
@@ -71,6 +79,7 @@ LIMITS = {  # passes: read, read, write; of dense targets, read both twice, and 
     "jaxce, every option": (3.05, 25),
     "jaxce, dense targets": (5.05, 25),
     "jaxce, statistics": (3.05, 17),
+    "jaxce, top-k labels": (3.4, 150),  # a bit for each logit is written twice; [rows, M, M] comparisons
 }
 LOSSES = [
     pytest.param(problem, name, target, marks=() if (problem, name) in QUICK_LOSSES or fast else slow)

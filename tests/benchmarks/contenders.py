@@ -12,7 +12,7 @@ import numpy as np
 
 import jaxce
 
-from .problems import COMPILING, DENSE, DONATED, FROM_MATMUL, LINEAR, LOSS_ONLY, Problem
+from .problems import COMPILING, DENSE, DONATED, FROM_MATMUL, LINEAR, LOSS_ONLY, TOP_K, Problem
 
 
 class Contender(NamedTuple):
@@ -36,7 +36,7 @@ def contenders(problem: Problem, arguments: tuple[jax.Array, ...]) -> dict[str, 
     losses = linear_losses() if problem.kind == LINEAR else logits_losses(problem)
     for name, loss in losses.items():
         made[name] = partial(compiled, step(problem, loss), arguments, problem)
-    if installed("torch") and problem.kind != COMPILING:
+    if installed("torch") and problem.kind not in (COMPILING, TOP_K):
         for name, loss in torch_losses(problem).items():
             made[name] = partial(in_torch, problem, loss, arguments)
     return made
@@ -82,17 +82,24 @@ def step(problem: Problem, loss: Callable) -> Callable:
         return lambda x, w, labels: loss(x @ w, labels).mean()
     if problem.kind == FROM_MATMUL:
         return lambda x, w, labels: jax.value_and_grad(lambda z: loss(z, labels).mean())(x @ w)
-    return jax.value_and_grad(lambda z, targets: loss(z, targets).mean())
+    return jax.value_and_grad(lambda z, *targets: loss(z, *targets).mean())
 
 
 def floor(problem: Problem, arguments: tuple[jax.Array, ...]) -> Contender:
-    """What no loss can do without: three bare matmuls with fresh outputs, or one reading and writing of the logits."""
+    """What no loss can do without: three bare matmuls with fresh outputs, or one reading and writing of the logits.
+
+    Of top-k labels, the loss and gradient of the first as an integer label.
+    """
     if problem.kind == LINEAR:
         x, w, labels = arguments
         dz = jnp.broadcast_to(x[:, :1], (len(x), w.shape[1])) + 0
         return compiled(lambda x, w, dz: (x @ w, dz @ w.T, x.T @ dz), (x, w, dz), problem)
     if problem.kind in (FROM_MATMUL, LOSS_ONLY):
         return compiled(lambda x, w, labels: x @ w, arguments, problem)
+    if problem.kind == TOP_K:
+        logits, ids, _ = arguments
+        loss = jaxce.softmax_cross_entropy_with_integer_labels
+        return compiled(step(problem, loss), (logits, ids[:, 0]), problem)
     return compiled(lambda z, targets: z * 2, arguments, problem)
 
 
@@ -138,6 +145,8 @@ def linear_losses() -> dict[str, Callable]:
 
 
 def logits_losses(problem: Problem) -> dict[str, Callable]:
+    if problem.kind == TOP_K:
+        return {"jaxce": jaxce.softmax_cross_entropy_with_top_k_labels, "dense targets": dense_of_top_k}
     name = "softmax_cross_entropy" if problem.kind == DENSE else "softmax_cross_entropy_with_integer_labels"
     losses = {"jaxce": getattr(jaxce, name), "naive": getattr(jaxce.reference, name)}
     if installed("optax"):
@@ -145,6 +154,11 @@ def logits_losses(problem: Problem) -> dict[str, Callable]:
 
         losses["optax"] = getattr(optax, name)
     return losses
+
+
+def dense_of_top_k(logits, ids, targets):
+    rows = jnp.arange(len(logits))[:, None]
+    return jaxce.softmax_cross_entropy(logits, jnp.zeros_like(logits).at[rows, ids].add(targets))
 
 
 def torch_losses(problem: Problem) -> dict[str, Callable]:

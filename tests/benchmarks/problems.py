@@ -25,6 +25,7 @@ DONATED = "logits, donated"  # the gradient may overwrite the logits
 FROM_MATMUL = "logits from a matmul"  # made in the same jit
 LOSS_ONLY = "loss only, logits from a matmul"  # no gradient
 DENSE = "dense targets"
+TOP_K = "top-k labels"  # of 64 classes of each row; its floor is the integer-label loss
 COMPILING = "tracing and compiling"  # of mean loss and gradient, each time anew
 
 PROBLEMS = [
@@ -45,20 +46,25 @@ PROBLEMS = [
     Problem(LOSS_ONLY, (1024, 50257), "float32"),
     Problem(LOSS_ONLY, (1024, 50257), "bfloat16"),
     Problem(DENSE, (1024, 50257), "float32"),
+    Problem(TOP_K, (1024, 50257), "float32"),
     Problem(COMPILING, (8, 10), "float32"),
 ]
 QUICK = [
     Problem(LINEAR, (256, 64, 4099), "float32"),
     Problem(LINEAR, (256, 64, 4099), "bfloat16"),
-    *(Problem(kind, (128, 5003), "float32") for kind in (LOGITS, DONATED, FROM_MATMUL, LOSS_ONLY, DENSE)),
+    *(Problem(kind, (128, 5003), "float32") for kind in (LOGITS, DONATED, FROM_MATMUL, LOSS_ONLY, DENSE, TOP_K)),
     Problem(LOGITS, (128, 5003), "bfloat16"),
     Problem(COMPILING, (8, 10), "float32"),
 ]
 MATMUL_FEATURES = 64  # of the matmul that makes logits
+LISTED = 64  # top-k labels of each row
 
 
 def data(problem: Problem) -> tuple[jax.Array, ...]:
-    """Arguments of the loss: (x, w, labels) or (logits, labels); logits have a standard deviation of 1."""
+    """Arguments of the loss: (x, w, labels), (logits, labels) or (logits, ids, targets).
+
+    Logits have a standard deviation of 1.
+    """
     *shape, classes = problem.shape
     rows, features = shape[0], shape[-1] if problem.kind == LINEAR else MATMUL_FEATURES
     keys = jax.random.split(jax.random.key(0), 3)
@@ -70,6 +76,9 @@ def data(problem: Problem) -> tuple[jax.Array, ...]:
     logits = jax.random.normal(keys[0], (rows, classes)).astype(problem.dtype)
     if problem.kind == DENSE:
         return logits, jax.nn.softmax(jax.random.normal(keys[1], (rows, classes)))
+    if problem.kind == TOP_K:
+        best, ids = jax.lax.top_k(jax.random.normal(keys[1], (rows, classes)), LISTED)
+        return logits, ids, jax.nn.softmax(best)
     return logits, labels
 
 
@@ -89,6 +98,10 @@ SAMPLE = 64
 def truth(problem: Problem, arguments: tuple[jax.Array, ...]) -> Truth:
     *operands, targets = (np.asarray(a, np.float64 if a.dtype != jnp.int32 else None) for a in arguments)
     count, classes = len(operands[0]), problem.shape[-1]
+    if problem.kind == TOP_K:
+        ids, listed = np.asarray(arguments[1]), targets
+        operands, targets = operands[:1], np.zeros((count, classes))
+        np.put_along_axis(targets, ids, listed, 1)
     random = np.random.default_rng(0)
     columns = random.choice(classes, min(SAMPLE, classes), replace=False)
     rows = np.arange(min(SAMPLE, count))
@@ -96,7 +109,7 @@ def truth(problem: Problem, arguments: tuple[jax.Array, ...]) -> Truth:
     for start in range(0, count, SAMPLE):
         part = slice(start, start + SAMPLE)
         z = operands[0][part] @ operands[1] if len(operands) == 2 else operands[0][part]
-        t = targets[part]
+        t: Any = targets[part]
         z = z - z.max(1, keepdims=True)
         log_o = z - np.log(np.exp(z).sum(1, keepdims=True))
         one_hot = t if t.ndim == 2 else np.zeros_like(z)

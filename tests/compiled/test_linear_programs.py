@@ -79,6 +79,18 @@ def test_statistics_of_a_head_hold_less_than_two_blocks():
         assert temp_bytes_of(executable) <= limit * MIB
 
 
+@pytest.mark.parametrize("tail", [False, True])
+def test_top_k_labels_of_a_head_hold_less_than_two_blocks(tail):
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2048, 64), (64, 32000)))
+    ids, t = (jax.ShapeDtypeStruct((2048, 64), dtype) for dtype in (jnp.int32, jnp.float32))
+    for recompute, differentiated in ((False, (0, 1)), (True, (0, 1)), (False, (0, 1, 3))):
+
+        def loss(x, w, ids, t, recompute=recompute):
+            return linear_cross_entropy(x, w, (ids, t), tail=tail, recompute=recompute)
+
+        assert temp_bytes(jax.value_and_grad(loss, differentiated), x, w, ids, t) <= 48 * MIB
+
+
 @by_blocks
 def test_no_matmul_reads_a_transposed_x(recompute):
     """dw = xᵀ·δ on a CPU: x is transposed before the loop, not by each matmul, which that makes slow."""

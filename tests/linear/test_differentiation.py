@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxce import fused_linear, linear_cross_entropy
+from jaxce import fused_linear, linear_cross_entropy, reference
 
-from ..helpers import MODES, Mode, assert_same_in_mode, cases, head, two_of
+from ..helpers import MODES, Mode, assert_same_in_mode, cases, head, probabilities, two_of
+from ..losses.test_top_k import dense, dense_with_tail
 
 pytestmark = pytest.mark.usefixtures("x64")
 IGNORED = -100
@@ -118,6 +119,46 @@ def test_cross_entropy_in_every_mode(blocked, mode):
         return lambda v: f(*v) if options["reduction"] == "mean" else jnp.sum(combine * f(*v))
 
     assert_same_in_mode(LINEAR_MODES[mode], number(ours), number(naive), point, tolerance=1e-11)
+
+
+SOFT: dict[str, tuple[bool, dict[str, Any]]] = {
+    "dense": (False, {}),
+    "top k, rows": (True, {"recompute": False, "block_size": 3}),
+    "top k, classes": (True, {"recompute": True, "block_size": 128, "tail": True}),
+}
+QUICK_SOFT = {("top k, classes", m) for m in ("value_and_grad", "jvp of grad", "grad of grad", "vmap over x")}
+QUICK_SOFT |= {("top k, rows", "jvp of grad"), ("dense", "jvp of grad"), ("dense", "grad of grad")}
+
+
+@pytest.mark.parametrize("form, mode", cases(SOFT, LINEAR_MODES, quick=QUICK_SOFT))
+def test_soft_targets_in_every_mode(form, mode):
+    """Of x, w, bias and the targets."""
+    x, w, _ = head(5, 3, 130, "float64")
+    listed, options = SOFT[form]
+    ids = (
+        jnp.asarray(np.random.default_rng(1).integers(0, 130, (5, 4)), jnp.int32)
+        .at[0]
+        .set(jnp.array([7, 7, 129, 0], jnp.int32))
+    )
+    t = probabilities(5, 4 if listed else 130, dtype="float64") * 0.9
+    point = (x, w, jnp.linspace(-0.5, 0.5, 130), t)
+    combine = jnp.asarray(np.random.default_rng(1).standard_normal(5))
+
+    def ours(v):
+        x, w, bias, t = v
+        labels = (ids, t) if listed else t
+        return linear_cross_entropy(x, w, labels, bias=bias, weights=combine, reduction="sum", **options)
+
+    def naive(v):
+        x, w, bias, t = v
+        z = x @ w + bias[None]
+        if options.get("tail"):
+            losses = dense_with_tail(z, ids, t)
+        else:
+            losses = reference.softmax_cross_entropy(z, dense(ids, t, 130) if listed else t)
+        return jnp.sum(combine * losses)
+
+    assert_same_in_mode(LINEAR_MODES[mode], ours, naive, point, tolerance=1e-11)
 
 
 QUICK_ANY = {("mean", m) for m in LINEAR_MODES} | {("none", m) for m in QUICK_NONE}

@@ -8,9 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxce import fused_linear, linear_cross_entropy
+from jaxce import (
+    fused_linear,
+    linear_cross_entropy,
+    softmax_cross_entropy,
+    softmax_cross_entropy_with_top_k_labels,
+)
 
-from ..helpers import assert_all_close, assert_close, cases, head, logits
+from ..helpers import assert_all_close, assert_close, cases, head, logits, option_values, probabilities
 from .test_differentiation import LINEAR_MODES
 
 IGNORED = -100
@@ -177,6 +182,56 @@ def test_masked_classes_are_as_if_left_out(recompute, options):
     assert np.isnan(hidden) and np.isnan(dx[2]).all()
     nothing = gradient(x.at[0].set(jnp.nan), w, labels, bias=bias, class_mask=jnp.zeros(300, bool))
     assert all((np.asarray(a) == 0).all() for a in jax.tree.leaves(nothing))
+
+
+SOFT = ("dense", "top k", "top k, tail")
+
+
+@pytest.mark.parametrize("form", SOFT)
+@by_blocks
+def test_soft_targets_are_those_of_the_logits(x64, recompute, form):
+    """Dense, or for some classes; with every option, and each argument's gradient; leading axes are kept."""
+    x, w, _ = head((2, 5), 3, 300, "float64")
+    mask, bias, weights = jnp.arange(300) % 7 != 3, logits(300, seed=3, dtype="float64"), jnp.linspace(0.5, 1, 10)
+    weights = weights.reshape(2, 5)
+    ids = jnp.asarray(np.random.default_rng(4).integers(0, 300, (2, 5, 4)), jnp.int32)
+    ids = ids.at[0, 0].set(jnp.array([3, 9, 9, 299], jnp.int32))
+    t = probabilities(2, 5, 300 if form == "dense" else 4, dtype="float64") * 0.9
+    values = jax.tree.map(lambda a: jnp.asarray(a, "float64"), option_values(300))
+    tail = {"tail": True} if form == "top k, tail" else {}
+
+    def ours(x, w, bias, t, values, reduction):
+        labels = t if form == "dense" else (ids, t)
+        options = (
+            {"recompute": recompute, "block_size": 128 if recompute else 4, "reduction": reduction} | tail | values
+        )
+        return linear_cross_entropy(x, w, labels, bias=bias, weights=weights, class_mask=mask, **options)
+
+    def wanted(x, w, bias, t, values):
+        z = x @ w + jnp.expand_dims(bias, (0, 1))
+        options = {"where": jnp.expand_dims(mask, (0, 1))} | values
+        if form == "dense":
+            return weights * softmax_cross_entropy(z, t, **options)
+        return weights * softmax_cross_entropy_with_top_k_labels(z, ids, t, **tail, **options)
+
+    point, every = (x, w, bias, t, values), (0, 1, 2, 3, 4)
+    got = jax.jit(jax.value_and_grad(partial(ours, reduction="mean"), every))(*point)
+    truth = jax.jit(jax.value_and_grad(lambda *v: wanted(*v).sum() / weights.sum(), every))(*point)
+    assert_all_close(got, truth, tolerance=1e-12)
+    if recompute:
+        assert_all_close(jax.jit(partial(ours, reduction="none"))(*point), wanted(*point), tolerance=1e-12)
+
+
+@by_blocks
+def test_an_invalid_id_is_nan(recompute):
+    x, w, _ = head(4, 3, 5)
+    ids, t = jnp.arange(8).reshape(4, 2) % 5, jnp.full((4, 2), 0.4)
+    value_and_dx = jax.jit(jax.value_and_grad(partial(linear_cross_entropy, recompute=recompute)))
+    for bad in (-1, 5, 2**30):
+        got, dx = value_and_dx(x, w, (ids.at[2, 1].set(bad), t))
+        assert np.isnan(got) and np.isnan(dx[2]).all()
+        got, dx = value_and_dx(x, w, (ids.at[2, 1].set(bad), t.at[2, 1].set(0)))
+        assert np.isfinite(got) and np.isfinite(dx).all()
 
 
 @by_blocks

@@ -31,7 +31,7 @@ class Structure(NamedTuple):
     z_loss: bool
     ignore_index: bool
     float32_targets: bool
-    head: str | None = None
+    form: str | None = None  # if not integer or dense labels of logits
 
     @classmethod
     def draw(cls, rng: random.Random, integer: bool) -> "Structure":
@@ -47,7 +47,7 @@ class Structure(NamedTuple):
         """Of rows [N, K] with integer labels, which a head takes with one class mask for all, if any."""
         where = None if self.where == "rows" else self.where and "classes of all rows"
         batch, classes = (max(1, math.prod(self.batch)),), (math.prod(self.classes),)
-        s = self._replace(head=head, batch=batch, classes=classes, axis=-1, where=where)
+        s = self._replace(form=head, batch=batch, classes=classes, axis=-1, where=where)
         return s._replace(label_smoothing=False, class_weights=False) if head == "statistics" else s
 
 
@@ -175,7 +175,7 @@ def examples(draw, structures: list[Structure], dtype: str) -> tuple[Structure, 
                 dense[row] = 0
                 dense[row, entry] = 1.5
     z, dense = np.where(hidden_too, z, np.nan), np.where(hidden_too, dense, np.nan)
-    z = np.where(np.isfinite(z) | (s.head is None), z, 0)  # 0·inf in the matmul would reach all rows
+    z = np.where(np.isfinite(z) | (s.form in (None, "top k")), z, 0)  # 0·inf in the matmul would reach all rows
     largest = float(jnp.finfo(dtype).max)
     z = np.where(np.isfinite(z), np.clip(z, -largest, largest), z)
 
@@ -205,7 +205,8 @@ class Truth(NamedTuple):
 
 
 @np.errstate(all="ignore")
-def truth(x: Example) -> Truth:
+def truth(x: Example, ids: np.ndarray | None = None) -> Truth:
+    """`ids` [N, M]: the classes that top-k labels list."""
     z, g = x.z.astype(Float), x.cotangent.astype(Float)[:, None]
     n, k = z.shape
     integer = x.targets.ndim == 1
@@ -283,6 +284,13 @@ def truth(x: Example) -> Truth:
     rest_size = dense_size.sum(-1, keepdims=True) + dense_size + pull_size
     rest_size = np.where((not integer) & lonely & (pull_size == 0) & (dense != 0), 0, rest_size)
     gradient_size = np.where(left_out, a_size * (o_size @ without_own) + rest_size, gradient_size)
+    if ids is not None:  # what smoothing gives to the other classes is added to each, and then taken away
+        unlisted = np.ones((n, k), bool)
+        np.put_along_axis(unlisted, ids, False, 1)
+        share = np.where(unlisted, e, 0) / np.maximum(
+            np.where(unlisted, e, 0).sum(-1, keepdims=True), np.finfo(Float).tiny
+        )
+        gradient_size = gradient_size + share * np.where(unlisted, dense_size, 0).sum(-1, keepdims=True)
     gradient, gradient_size = slope * gradient, slope * gradient_size + (0 if x.logit_cap is None else np.abs(gradient))
 
     # The contract of rows that are not ordinary.

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxce import softmax_cross_entropy_with_top_k_labels
+
 from ..helpers import FORMS, LOSSES, dense_loss, integer_loss, logits, probabilities
 
 N, K = 4, 5
@@ -128,6 +130,33 @@ def test_what_is_no_array_is_described_and_jax_quoted(name):
     }.items():
         with pytest.raises((TypeError, ValueError), match=f": {argument} is {described}, {NOT_ARRAY}."):
             call()
+
+
+IDS = jnp.zeros((3, 2), jnp.int32)
+
+
+@pytest.mark.parametrize(
+    "ids, targets, keywords, error, message",
+    [
+        (IDS.astype("float32"), IDS, {}, TypeError, "class_ids is of dtype float32, wanted an integer dtype"),
+        (IDS, IDS.astype("complex64"), {}, TypeError, "targets is of dtype complex64, wanted a real dtype"),
+        (IDS[0], IDS, {}, ValueError, "class_ids is of shape (2,), wanted (3, 2), that of the rows and one axis more"),
+        (
+            IDS[:2],
+            IDS,
+            {},
+            ValueError,
+            "class_ids is of shape (2, 2), wanted (3, 2), that of the rows and one axis more",
+        ),
+        (IDS, IDS[:, :1], {}, ValueError, "targets is of shape (3, 1), wanted (3, 2), as class_ids"),
+        (IDS, IDS, {"axis": 2}, ValueError, "axis is 2, wanted axes of logits, which have shape (3, 4)"),
+        (IDS, IDS, {"where": jnp.ones(4, bool)}, ValueError, f"where is of shape (4,), wanted {NOT_MASK}"),
+        (IDS, IDS, {"label_smoothing": 1.5}, ValueError, "label_smoothing is 1.5, wanted a number in [0, 1]"),
+    ],
+)
+def test_errors_of_top_k_labels(ids, targets, keywords, error, message):
+    with pytest.raises(error, match=f"^{re.escape(f'softmax_cross_entropy_with_top_k_labels: {message}')}$"):
+        softmax_cross_entropy_with_top_k_labels(LOGITS, ids, targets, **keywords)
 
 
 @pytest.mark.parametrize("form", FORMS)

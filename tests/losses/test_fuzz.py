@@ -50,12 +50,27 @@ HEADS = {
     "statistics": functools.partial(of_head, statistics_loss),
     "per row": functools.partial(of_head, functools.partial(jaxce.linear_cross_entropy, reduction="none")),
 }
+TOP_K, LISTED = "top k", 6
+
+
+def of_top_k(z, targets, axis, where, **options):
+    return jaxce.softmax_cross_entropy_with_top_k_labels(z, targets[0], targets[1], axis, where, **options)
+
+
+def listed(x: Example) -> tuple[Example, np.ndarray]:
+    """The example with targets for a few classes of each row, and these classes."""
+    n, k = x.targets.shape
+    ids = np.argsort(np.random.default_rng(n * k).random((n, k)), 1)[:, :LISTED].astype(np.int32)
+    kept = np.zeros((n, k), bool)
+    np.put_along_axis(kept, ids, True, 1)
+    return x._replace(targets=np.where(kept, x.targets, 0).astype(x.targets.dtype)), ids
 
 
 @functools.cache
 def compiled(s: Structure):
     """The loss and the gradient of the logits. Compiled once for each structure and dtype."""
-    loss_fn = HEADS[s.head] if s.head else LOSSES["integer" if s.integer else "dense"]
+    forms = LOSSES | HEADS | {TOP_K: of_top_k}
+    loss_fn = forms[s.form or ("integer" if s.integer else "dense")]
 
     @jax.jit
     def loss_and_gradient(logits, targets, cotangent, where, options):
@@ -65,7 +80,7 @@ def compiled(s: Structure):
     return loss_and_gradient
 
 
-def run(s: Structure, x: Example) -> tuple[np.ndarray, np.ndarray]:
+def run(s: Structure, x: Example, ids: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     where = x.where
     if where is not None:
         where = where.reshape(s.batch) if where.ndim == 1 else to_shape(where, s)
@@ -73,6 +88,8 @@ def run(s: Structure, x: Example) -> tuple[np.ndarray, np.ndarray]:
     options |= {"ignore_index": x.ignore_index} if s.integer else {}
     options = {name: value for name, value in options.items() if value is not None}
     targets = x.targets.reshape(s.batch) if s.integer else to_shape(x.targets, s)
+    if ids is not None:
+        targets = tuple(a.reshape(*s.batch, ids.shape[1]) for a in (ids, np.take_along_axis(x.targets, ids, 1)))
     loss, gradient = compiled(s)(to_shape(x.z, s), targets, x.cotangent.reshape(s.batch), where, options)
     assert loss.shape == s.batch and gradient.dtype == x.z.dtype
     return np.asarray(loss).ravel(), to_rows(np.asarray(gradient), s)
@@ -94,9 +111,10 @@ class Record:
 
 
 def check(s: Structure, x: Example, dtype: str, record: Record) -> None:
-    loss, gradient = run(s, x)
-    wanted = truth(x)
-    if s.head is not None:  # 0·NaN in the matmul reaches the whole class
+    x, ids = listed(x) if s.form == TOP_K else (x, None)
+    loss, gradient = run(s, x, ids)
+    wanted = truth(x, ids)
+    if s.form in HEADS:  # 0·NaN in the matmul reaches the whole class
         wanted.gradient[:, np.isnan(wanted.gradient).any(0)] = np.nan
     precise = jnp.finfo("float64" if dtype == "float64" else "float32")
     assert loss.dtype == precise.dtype
@@ -168,11 +186,14 @@ def test_any_rows_and_options(dtype, integer):
     assert record.examples[dtype] >= 250
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", [*HEADS, TOP_K])
 @pytest.mark.parametrize("dtype", [pytest.param(d, marks=() if d == "float32" else pytest.mark.slow) for d in DTYPES])
-def test_any_rows_and_options_of_heads(dtype, head):
+def test_any_rows_and_options_of_heads_and_top_k_labels(dtype, head):
     rng = random.Random(f"{dtype} {head}")
-    structures = [Structure.draw(rng, True).of_head(head) for _ in range(6)]
+    if head == TOP_K:
+        structures = [Structure.draw(rng, False)._replace(form=TOP_K) for _ in range(6)]
+    else:
+        structures = [Structure.draw(rng, True).of_head(head) for _ in range(6)]
     record = Record()
     sweep(dtype, structures, record, settings(270, derandomize=True))
     print(record)

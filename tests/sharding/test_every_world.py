@@ -21,8 +21,8 @@ from ..helpers import assert_close, cases, compiled, head, mesh_of, on_shards, o
 
 IGNORED = -100
 FEATURES = 12
-# The losses of logits, linear_cross_entropy by blocks of rows and of classes, linear_label_statistics.
-FORMS = ("integer", "dense", "rows", "classes", "statistics")
+# The losses of logits, linear_cross_entropy by blocks of rows and of classes, linear_label_statistics; top-k labels.
+FORMS = ("integer", "dense", "rows", "classes", "statistics", "top k", "top k rows", "top k classes")
 WORLDS = ("jit", "Explicit", "shard_map")
 SHARDINGS = {"batch": (8, 1), "class": (1, 8), "both": (4, 2), "FSDP": (4, 2)}  # devices for rows, for classes
 DTYPES = ("float32", "bfloat16")
@@ -46,7 +46,7 @@ class Case(NamedTuple):
     @property
     def classes(self) -> int:
         """More than the 1024 of one block of classes on 8 devices, in these forms."""
-        local = {1: 1157, 2: 577, 8: 145}[self.shards[1]] if self.form in ("classes", "statistics") else 67
+        local = {1: 1157, 2: 577, 8: 145}[self.shards[1]] if self.by_classes else 67
         return local * self.shards[1]
 
     @property
@@ -56,7 +56,15 @@ class Case(NamedTuple):
 
     @property
     def fused(self) -> bool:
-        return self.form in ("rows", "classes", "statistics")
+        return self.form not in ("integer", "dense", "top k")
+
+    @property
+    def by_classes(self) -> bool:
+        return self.form in ("classes", "statistics", "top k classes")
+
+    @property
+    def top_k(self) -> bool:
+        return self.form.startswith("top k")
 
 
 def problem(case: Case) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[str, P]]:
@@ -82,7 +90,11 @@ def problem(case: Case) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dic
             where = rng.random((n, k)) < 0.8
             where[np.arange(n), labels] = True
             fixed["where"] = where
-        labels[3] = IGNORED if case.form != "dense" else labels[3]
+        labels[3] = IGNORED if case.form != "dense" and not case.top_k else labels[3]
+    if case.top_k:
+        fixed["ids"] = rng.integers(0, k, (n, 4)).astype("int32")
+        fixed["ids"][:, 0], fixed["ids"][::2, 1] = labels, labels[::2]
+        point["shares"] = 0.9 * probabilities(n, 4)
     fixed["labels"] = labels
     model = case.class_mesh_axis
     specs = {
@@ -90,6 +102,8 @@ def problem(case: Case) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dic
         "w": P("data" if case.sharding == "FSDP" else None, model),
         "logits": P("data", model),
         "targets": P("data", model),
+        "shares": P("data", None),
+        "ids": P("data", None),
         "where": P("data", model),
         "labels": P("data"),
         "combine": P("data"),
@@ -111,25 +125,32 @@ def loss_of(case: Case, point: dict[str, Any], fixed: dict[str, Any], axis_name:
         if case.form != "statistics":
             options |= {name: option_values(1)[name] for name in ("label_smoothing", "z_loss")}
             options["class_weights"] = point["class_weights"]
-        options |= {} if case.form == "dense" else {"ignore_index": IGNORED}
+        options |= {} if case.form == "dense" or case.top_k else {"ignore_index": IGNORED}
         options |= {} if case.fused else {"where": fixed["where"]}
     if case.form == "integer":
         losses = jaxce.softmax_cross_entropy_with_integer_labels(point["logits"], fixed["labels"], **options)
     elif case.form == "dense":
         losses = jaxce.softmax_cross_entropy(point["logits"], point["targets"], **options)
+    elif case.form == "top k":
+        shares = point["shares"]
+        losses = jaxce.softmax_cross_entropy_with_top_k_labels(
+            point["logits"], fixed["ids"], shares, tail=True, **options
+        )
     elif case.form == "statistics":
         found = jaxce.linear_label_statistics(point["x"], point["w"], fixed["labels"], block_size=128, **options)
         losses = found.log_prob + found.entropy**2 + 0.1 * found.log_normalizer**2
     else:
-        recompute = case.form == "classes"
+        recompute, labels = case.by_classes, fixed["labels"]
+        if case.top_k:
+            labels, options["tail"] = (fixed["ids"], point["shares"]), True
         options |= {"recompute": recompute, "block_size": 128 if recompute else 1}
         if case.options == "plain" and axis_name is None:  # the mean
-            return jaxce.linear_cross_entropy(point["x"], point["w"], fixed["labels"], **options)
+            return jaxce.linear_cross_entropy(point["x"], point["w"], labels, **options)
         if case.options == "plain":
             options["normalizer"] = case.rows
         else:
             options |= {"reduction": "sum", "weights": fixed["combine"]}
-        return jaxce.linear_cross_entropy(point["x"], point["w"], fixed["labels"], **options)
+        return jaxce.linear_cross_entropy(point["x"], point["w"], labels, **options)
     return (fixed["combine"] * losses).sum()
 
 
@@ -192,7 +213,7 @@ def check_exchanges(case: Case, exchanges) -> None:
         assert not large, gathers
 
     numbers = 8 if case.options == "plain" else 40  # per row
-    blocks = 2 if case.form == "rows" else 3  # and the rows that fill the last block
+    blocks = 3 if case.by_classes else 2  # and the rows that fill the last block
     allowed = numbers * blocks * rows + 16 + (12 * case.classes if case.options == "all options" else 0)
     allowed += blocks * rows * FEATURES if case.fused and model > 1 else 0  # dx
     allowed += FEATURES * classes if case.fused and data > 1 else 0  # dw
@@ -217,6 +238,15 @@ QUICK = {
     ("classes", "jit", "FSDP", "float32", "plain"),
     ("classes", "Explicit", "class", "bfloat16", "all options"),
     ("classes", "shard_map", "both", "float32", "all options"),
+    ("top k", "jit", "class", "float32", "all options"),
+    ("top k", "Explicit", "both", "bfloat16", "plain"),
+    ("top k", "shard_map", "both", "float32", "all options"),
+    ("top k rows", "jit", "batch", "float32", "all options"),
+    ("top k rows", "shard_map", "both", "float32", "all options"),
+    ("top k rows", "shard_map", "class", "bfloat16", "plain"),
+    ("top k classes", "jit", "FSDP", "float32", "plain"),
+    ("top k classes", "Explicit", "class", "float32", "all options"),
+    ("top k classes", "shard_map", "both", "float32", "all options"),
     ("statistics", "jit", "both", "float32", "plain"),
     ("statistics", "Explicit", "class", "bfloat16", "all options"),
     ("statistics", "shard_map", "both", "float32", "all options"),

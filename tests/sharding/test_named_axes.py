@@ -20,6 +20,7 @@ from ..helpers import MODES, assert_all_close, cases, direction_at, logits, mesh
 
 SHARDS, N, D, K = 4, 3, 5, 6  # K on each shard
 LABELS = jnp.array([0, 13, 22])
+IDS = jnp.array([[0, 13, 1, 0], [7, 22, 23, 8], [5, 4, 3, 2]], jnp.int32)  # on two shards, on three, on one
 NUMBERS = tuple(name for name in option_values(K) if name != "class_weights")
 
 
@@ -70,6 +71,28 @@ def integer_loss(z, v):
     return jaxce.softmax_cross_entropy_with_integer_labels(z, LABELS, **options_of(v))
 
 
+def top_k_loss(z, shares, **options):
+    return jaxce.softmax_cross_entropy_with_top_k_labels(z, IDS, shares, **options)
+
+
+def naive_top_k(z, v, tail=False):
+    """Their logits are read by one sum over shards; the targets, of which each shard has a copy, multiply it."""
+    z, shares = v["logit_cap"] * jnp.tanh(z / v["logit_cap"]), v["shares"]
+    m = lax.pmax(lax.stop_gradient(z.max(-1, keepdims=True)), "classes")
+    e, classes = jnp.exp(z - m), K * lax.axis_index("classes") + jnp.arange(K)
+    at = IDS[..., None] == jnp.expand_dims(classes, (0, 1))
+    parts = e.sum(-1), jnp.where(at.any(1), 0, e).sum(-1)
+    lse, lse_of_others = (m[:, 0] + jnp.log(lax.psum(part, "classes")) for part in parts)
+    nll = lse[:, None] - z
+    if tail:
+        losses = lax.psum(jnp.where(at, nll[:, None], 0).sum(-1), "classes")
+        return (shares * losses).sum(-1) + (1 - shares.sum(-1)) * (lse - lse_of_others) + v["z_loss"] * lse**2
+    nll = v["class_weights"][None] * nll
+    losses, uniform = lax.psum((jnp.where(at, nll[:, None], 0).sum(-1), nll.sum(-1) / (SHARDS * K)), "classes")
+    smoothing = v["label_smoothing"]
+    return (1 - smoothing) * (shares * losses).sum(-1) + smoothing * shares.sum(-1) * uniform + v["z_loss"] * lse**2
+
+
 def head_loss(v, **options):
     return jaxce.linear_cross_entropy(v["x"], v["w"], LABELS, bias=v["bias"], **options_of(v), **options)
 
@@ -97,6 +120,14 @@ FORMS = {  # ours, and the naive formula
     "dense": (
         lambda v: jaxce.softmax_cross_entropy(v["z"], v["targets"], **options_of(v)),
         lambda v: naive(v["z"], v, v["targets"])["dense"],
+    ),
+    "top k": (
+        lambda v: top_k_loss(v["z"], v["shares"], **options_of(v)),
+        lambda v: naive_top_k(v["z"], v),
+    ),
+    "top k, tail": (
+        lambda v: top_k_loss(v["z"], v["shares"], tail=True, **options_of(v, "logit_cap", "z_loss")),
+        lambda v: naive_top_k(v["z"], v, tail=True),
     ),
     "statistics": (
         lambda v: jnp.stack(jaxce.label_statistics(v["z"], LABELS, **options_of(v, "logit_cap"))[:3]),
@@ -131,12 +162,16 @@ def point(form: str) -> dict[str, jax.Array]:
     weights = np.split(np.asarray(values.pop("class_weights")), SHARDS)
     shared: dict[str, Any] = {name: np.float32(value) for name, value in values.items()}
     own: dict[str, Any] = {"class_weights": weights}
-    if form in ("integer", "dense", "statistics"):
+    if form in ("integer", "dense", "statistics", "top k", "top k, tail"):
         own["z"] = logits(SHARDS, N, K)
         own |= {"targets": jnp.moveaxis(probabilities(N, SHARDS, K), 1, 0)} if form == "dense" else {}
     else:
         own |= {"w": logits(SHARDS, D, K) / D**0.5, "bias": logits(SHARDS, K, seed=3)}
         shared |= {"x": logits(N, D, seed=4), "weights": np.array([0.5, 2, 1], np.float32)}
+    if form.startswith("top k"):
+        shared["shares"] = 0.9 * np.asarray(probabilities(N, 4))
+    if form == "top k, tail":
+        shared, own = {name: shared[name] for name in ("logit_cap", "z_loss", "shares")}, {"z": own["z"]}
     if form == "statistics":
         shared, own = {"logit_cap": shared["logit_cap"]}, {"z": own["z"]}
     shared = {name: np.stack([value] * SHARDS) for name, value in shared.items()}
@@ -147,7 +182,8 @@ IN_MODES = ("jvp", "vjp", "jvp of grad", "grad of jvp", "grad of slope", "vmap o
 PLACES = ("outside", "inside")
 UNUSED = {"label_smoothing": 0.0, "z_loss": 0.0, "class_weights": jnp.ones(K)}
 QUICK = {(w, form, place, mode) for w in WORLDS for form in FORMS for place in PLACES for mode in ("vjp",)}
-QUICK |= {("unchecked shard_map", form, place, "jvp") for form in FORMS for place in PLACES}
+QUICK -= {("pmap", form, "inside", "vjp") for form in FORMS}  # as in unchecked shard_map, of which pmap is made
+QUICK |= {("unchecked shard_map", form, "inside", "jvp") for form in FORMS}
 
 
 @pytest.mark.parametrize("world, form, place, mode", cases(WORLDS, FORMS, PLACES, IN_MODES, quick=QUICK))

@@ -11,7 +11,7 @@ from ..benchmarks import __main__ as command
 from ..benchmarks import contenders, gpu, problems
 from ..benchmarks.problems import Problem
 
-KINDS = ("LOGITS", "DONATED", "FROM_MATMUL", "LOSS_ONLY", "DENSE", "COMPILING")
+KINDS = ("LOGITS", "DONATED", "FROM_MATMUL", "LOSS_ONLY", "TOP_K", "DENSE", "COMPILING")
 KEPT = (problems.DONATED, problems.DENSE)
 TINY = [
     Problem(problems.LINEAR, (8, 4, 130), "float32"),
