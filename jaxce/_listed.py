@@ -11,7 +11,7 @@ Test: test_a_loss_of_logits_reads_them_twice_and_writes_its_gradient, top-k labe
 import jax.numpy as jnp
 from jax import Array
 
-from ._matmuls import tpu_or_not
+from ._matmuls import selected_by_platform
 from ._sharding import parts_of
 
 MOST_COMPARED = 256  # ids; of more, XLA for TPUs makes copies too
@@ -26,7 +26,8 @@ def is_listed(class_ids: Array, logits: Array) -> Array:
     classes, parts = logits.shape[-1], parts_of(logits, logits.ndim - 1)
     if class_ids.shape[-1] > MOST_COMPARED:
         return _by_bits(class_ids, classes, parts)
-    return tpu_or_not(lambda ids: _chosen(ids, classes, None), lambda ids: _by_bits(ids, classes, parts), class_ids)
+    compared, by_bits = (lambda ids: _chosen(ids, classes, None)), (lambda ids: _by_bits(ids, classes, parts))
+    return selected_by_platform("tpu", compared, by_bits, class_ids)
 
 
 def added_at(gradient: Array, class_ids: Array, update: Array) -> Array:
@@ -34,7 +35,7 @@ def added_at(gradient: Array, class_ids: Array, update: Array) -> Array:
     if class_ids.shape[-1] > MOST_COMPARED:
         return _scattered(gradient, class_ids, update)
     args = gradient, class_ids, update.astype(gradient.dtype)
-    return tpu_or_not(lambda g, ids, u: g + _chosen(ids, g.shape[-1], u), _scattered, *args)
+    return selected_by_platform("tpu", lambda g, ids, u: g + _chosen(ids, g.shape[-1], u), _scattered, *args)
 
 
 def zeroed_at(a: Array, class_ids: Array) -> Array:

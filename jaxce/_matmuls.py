@@ -151,10 +151,15 @@ class Layer(NamedTuple):
         return lax.dot_general(a, b, ((a_axes, b_axes), (both, both)), preferred_element_type=self.sum_dtype)
 
 
-def tpu_or_not(on_tpus: Callable[..., Any], elsewhere: Callable[..., Any], *args: Any) -> Any:
-    """As `_schedule.by_platform`: both are traced, a constant selects, and XLA drops the other."""
-    tpu = lax.platform_dependent(tpu=lambda: jnp.array(True), default=lambda: jnp.array(False))
-    return jax.tree.map(functools.partial(jnp.where, tpu), on_tpus(*args), elsewhere(*args))
+def selected_by_platform(platform: str, there: Callable[..., Any], elsewhere: Callable[..., Any], *args: Any) -> Any:
+    """The result of one of the two, by the device that the program is compiled for, ahead of time too.
+
+    Symptom: `lax.platform_dependent` is a cond, and vmap copies its operands to move their batch axis to the front.
+    Remedy: both are traced, a constant for the platform selects one, and XLA drops the other.
+    Test: test_vmap_needs_at_most_one_array_to_move_its_axes.
+    """
+    here: Any = lax.platform_dependent(**{platform: lambda: jnp.array(True)}, default=lambda: jnp.array(False))
+    return jax.tree.map(functools.partial(jnp.where, here), there(*args), elsewhere(*args))
 
 
 def scan_blocks(layer: Layer, block: Callable[..., Any], start: Any, slices: Any) -> Any:

@@ -105,7 +105,8 @@ def prepared(values: Values, selection: Selection) -> tuple[Array, Array | None]
         selection = Selection(None, mask, selection.row_mask)
     mask, class_mask, row_mask = selection.mask, selection.class_mask, selection.row_mask
     z = values.logits.astype(statistics_dtype(values.logits, values.targets))
-    z = z if mask is None else jnp.where(mask, z, 0)
+    if mask is not None and (row_mask is not None or values.logit_cap is not None):  # a mask used twice is kept on GPUs
+        z = jnp.where(mask, z, 0)
     z = z if values.logit_cap is None else soft_capped(z, values.logit_cap)
     if class_mask is not None:
         z = jnp.where(class_mask if row_mask is None else class_mask | ~row_mask[..., None], z, -jnp.inf)

@@ -21,6 +21,7 @@ from . import _labels
 from ._checks import known
 from ._elementary import exp
 from ._listed import is_here, zeroed_at
+from ._matmuls import selected_by_platform
 from ._options import Selection, Values, listed_vjp, prepared, statistics_dtype
 from ._rule import Sums, joined, row_of, sums
 from ._sharding import ClassShards, devices
@@ -33,18 +34,7 @@ def class_sums(shards: ClassShards, with_entropy, differentiated, values: Values
     """The `Sums` of this shard's classes for each row. `differentiated`: their gradient will follow."""
     on_cpu = functools.partial(_on_cpu, shards, with_entropy, differentiated)
     on_accelerators = functools.partial(_on_accelerators, shards, with_entropy)
-    return selected_by_platform(on_cpu, on_accelerators, values, selection)
-
-
-def selected_by_platform(on_cpu: Callable, on_accelerators: Callable, *args: Any) -> Any:
-    """The result of one of the two, by the device that the program is compiled for, ahead of time too.
-
-    Symptom: `lax.platform_dependent` is a cond, and vmap copies its operands to move their batch axis to the front.
-    Remedy: both are traced, a constant for the platform selects one, and XLA drops the other.
-    Test: test_vmap_needs_at_most_one_array_to_move_its_axes.
-    """
-    cpu = lax.platform_dependent(cpu=lambda: jnp.array(True), default=lambda: jnp.array(False))
-    return jax.tree.map(functools.partial(jnp.where, cpu), on_cpu(*args), on_accelerators(*args))
+    return selected_by_platform("cpu", on_cpu, on_accelerators, values, selection)
 
 
 def _on_accelerators(shards: ClassShards, with_entropy: bool, values: Values, selection: Selection) -> Sums:

@@ -74,12 +74,12 @@ def test_top_k_labels_of_a_head_take_little_more(target):
 # --- Logits ------------------------------------------------------------------------------------------------------
 
 QUICK_LOSSES = {("logits", "jaxce"), ("logits", "jaxce, every option")}
-LIMITS = {  # passes: read, read, write; of dense targets, read both twice, and write. And MiB on an H100
-    "jaxce": (3.05, 9),
-    "jaxce, every option": (3.05, 25),
-    "jaxce, dense targets": (5.05, 25),
-    "jaxce, statistics": (3.05, 17),
-    "jaxce, top-k labels": (3.4, 150),  # a bit for each logit is written twice; [rows, M, M] comparisons
+LIMITS = {  # passes: read, read, write; of dense targets, read both twice, and write. And MiB, on an H100 and a v5e
+    "jaxce": (3.05, 9, 1),
+    "jaxce, every option": (3.05, 25, 1),
+    "jaxce, dense targets": (5.05, 25, 1),
+    "jaxce, statistics": (3.05, 17, 1),
+    "jaxce, top-k labels": (3.4, 140, 11),  # on an H100 a bit for each logit is written twice
 }
 LOSSES = [
     pytest.param(problem, name, target, marks=() if (problem, name) in QUICK_LOSSES or fast else slow)
@@ -91,9 +91,9 @@ LOSSES = [
 
 @pytest.mark.parametrize(("problem", "contender", "target"), LOSSES)
 def test_a_loss_of_logits_reads_them_twice_and_writes_its_gradient(problem, contender, target):
-    took, (passes, on_gpu) = found(problem, contender, target), LIMITS[contender]
+    took, (passes, on_gpu, on_tpu) = found(problem, contender, target), LIMITS[contender]
     assert took.passes <= passes, took.passes
-    assert took.temp_mib <= (on_gpu if target == "H100" else 1), took.temp_mib
+    assert took.temp_mib <= (on_gpu if target == "H100" else on_tpu), took.temp_mib
 
 
 # --- Beside peers, and beside other blocks -----------------------------------------------------------------------

@@ -22,7 +22,7 @@ HEADS = (_matmuls.Layer, "by_platform")
 def accelerators(monkeypatch):
     """The program of accelerators, for losses of logits; afterwards, that it was used is checked."""
     used = []
-    monkeypatch.setattr(*LOGITS, lambda on_cpu, on_accelerators, *args: used.append(1) or on_accelerators(*args))
+    monkeypatch.setattr(*LOGITS, lambda _, on_cpu, on_accelerators, *args: used.append(1) or on_accelerators(*args))
     jax.clear_caches()
     yield
     jax.clear_caches()

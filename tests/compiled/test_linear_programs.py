@@ -13,7 +13,6 @@ from ..helpers import (
     BF16_LOOPS,
     MIB,
     MODES,
-    NO_BF16_LOOPS,
     compiled,
     head,
     matmuls,
@@ -25,13 +24,12 @@ from ..helpers import (
 by_blocks = pytest.mark.parametrize("recompute", [False, True], ids=["rows", "classes"])
 
 
-# There the float32 copy of all of w alone is over the bound, by classes as by rows: 210 MiB on jax 0.10, here 64.
-@pytest.mark.skipif(not BF16_LOOPS, reason=NO_BF16_LOOPS)
 def test_bfloat16_needs_no_accumulator_on_cpu():
+    """On jax 0.10 there is a float32 copy of all of w (see `NO_BF16_LOOPS`), but nothing else of its size."""
     x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1024, 768), (768, 50257)))
     labels = jax.ShapeDtypeStruct((1024,), jnp.int32)
     memory = temp_bytes(jax.grad(linear_cross_entropy, (0, 1)), x, w, labels)
-    assert memory < 4 * w.size / 2
+    assert memory < 4 * w.size * (0.5 if BF16_LOOPS else 1.5)
 
 
 def test_blocks_of_classes_update_dw_in_place():

@@ -123,8 +123,9 @@ def test_top_k_labels_leave_little(tail, one_device):
     def loss(z, ids, t):
         return jaxce.softmax_cross_entropy_with_top_k_labels(z, ids, t, tail=tail).mean()
 
-    for f in (loss, jax.value_and_grad(loss), jax.value_and_grad(loss, (0, 2))):
-        assert temp_bytes(f, z, ids, t) <= 17 * MIB  # 16.9
+    # The comparisons of ids [N, M, M] are live in the loss alone only. A loop over M has 5 to 9 MiB, in 64 GPU kernels.
+    for f, limit in ((loss, 17), (jax.value_and_grad(loss), 16), (jax.value_and_grad(loss, (0, 2)), 16)):
+        assert temp_bytes(f, z, ids, t) <= limit * MIB
 
 
 def residuals(f, *arguments) -> list[jax.Array]:
