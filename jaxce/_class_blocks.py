@@ -9,13 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from . import _labels, _rule
 from ._autodiff import with_backward
 from ._checks import known
-from ._matmuls import Inputs, Layer, over_classes
+from ._matmuls import CONDITIONALS, Inputs, Layer, checkpointed, over_classes
 from ._options import Selection, Values, listed_vjp, prepared, prepared_vjp
+from ._row_blocks import RowBlocks
 from ._rule import Row
 from ._schedule import single, sums_of_block
 from ._sharding import ClassShards, gathered, varying_as
@@ -59,15 +60,70 @@ def class_blocked_rows(
     inputs = varying_as(inputs, inputs, selection, shards.first())
 
     def forward(arguments):
-        loop = functools.partial(_forward, with_entropy=with_entropy)
-        return layer.by_platform(lambda layer, *arguments: loop(layer, *static, *arguments), *arguments)
+        def run(inputs, selection):
+            loop = functools.partial(_forward, with_entropy=with_entropy)
+            return layer.by_platform(lambda layer, *args: loop(layer, *static, *args), inputs, selection), ()
+
+        return _on_rows_that_count(layer, run, *arguments)[0]
 
     def backward(arguments, out, g, perturbed):
         loop = functools.partial(_backward, perturbed=perturbed[0])
-        return layer.by_platform(lambda layer, *args: loop(layer, *static, *args), *arguments, out, g), None
+
+        def run(*arguments):
+            gradients = layer.by_platform(lambda layer, *args: loop(layer, *static, *args), *arguments)
+            return gradients.x, gradients._replace(x=None)
+
+        dx, others = _on_rows_that_count(layer, run, *arguments, out, g)
+        return others._replace(x=dx), None
 
     (row, listed), correct = with_backward(forward, backward)((inputs, selection))
     return row, correct if with_entropy else listed
+
+
+SHARES = 5, 10, 16  # sixteenths of the rows: the fewest of them that hold all that count are computed
+
+
+def _on_rows_that_count(layer: Layer, run, inputs: Inputs, selection: Selection, *by_row):
+    """`run(inputs, selection, *by_row)`, which returns results of rows, and others; 0 of rows that are masked.
+
+    The last of `by_row` is a cotangent, and is 0 where a row stands in for one that is masked.
+    """
+    mask, lead = selection.row_mask, inputs.x.shape[:-1]
+    if mask is None:
+        return run(inputs, selection, *by_row)
+
+    def of_all(inputs, selection, *by_row):  # a NaN in x, times a gradient of 0, would reach dw
+        inputs = inputs._replace(x=jnp.where(selection.row_mask[..., None], inputs.x, 0))
+        return run(inputs, selection, *by_row)
+
+    per_row = any(a.ndim > 1 and a.shape[:-1] == lead for a in jax.tree.leaves(inputs.others))
+    if not CONDITIONALS or layer.devices > 1 or known(mask.size, 0) < SHARES[-1] or per_row:
+        return of_all(inputs, selection, *by_row)
+
+    def of_share(share):
+        blocks = RowBlocks(lead, (1,) * len(lead), 1, -(-mask.size * share // SHARES[-1]))
+
+        def of(inputs, selection, *by_row):
+            rows = inputs.x, selection.labels, selection.class_ids, *by_row
+            slices, take = blocks.cut(rows, selection.row_mask)
+            (x, labels, class_ids, *rows), new = take(jax.tree.map(lambda a: a[0], slices))
+            if rows:
+                rows[-1] = jax.tree.map(lambda a: jnp.where(jnp.expand_dims(new, range(1, a.ndim)), a, 0), rows[-1])
+            others, class_mask = jax.tree.map(lambda a: a.reshape(a.shape[-2:]), (inputs.others, selection.class_mask))
+            selected = Selection(labels, class_mask, class_ids=class_ids)
+            out, rest = run(Inputs(x, inputs.w, inputs.bias, others), selected, *rows)
+            if rest:
+                shaped = jax.tree.map(
+                    lambda a, d: None if d is None else d.reshape(a.shape), inputs.others, rest.others
+                )
+                rest = rest._replace(others=shaped)
+            return blocks.join(jax.tree.map(lambda a: a[None], out), selection.row_mask), rest
+
+        return of
+
+    smaller = [mask.sum() * SHARES[-1] > mask.size * share for share in SHARES[:-1]]
+    branches = [*map(of_share, SHARES[:-1]), of_all]
+    return lax.switch(sum(a.astype(jnp.int32) for a in smaller), branches, inputs, selection, *by_row)
 
 
 def _block(layer: Layer, shards: ClassShards, inputs: Inputs, selection: Selection, start, size: int):
@@ -92,7 +148,7 @@ def _forward(layer: Layer, shards, block_size, inputs: Inputs, selection, with_e
     inputs = inputs._replace(w=gathered(inputs.w, 1 - layer.class_axis))
     labels, class_ids = selection.labels, selection.class_ids
 
-    @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2,))
+    @checkpointed
     def step(total, start, size):
         total, listed = total
         _, values, selected, ids = _block(layer, shards, inputs, selection, start, size)
@@ -127,7 +183,7 @@ def _backward(layer: Layer, shards, block_size, inputs: Inputs, selection, out, 
     rows, g = range(inputs.x.ndim - 1), shards.cotangents(g, inputs.x)
     row, g_row = jax.tree.map(lambda a: a[..., None], (out[0], g[0]))
 
-    @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(3,))
+    @checkpointed
     def step(x_transposed, grads, start, size):
         w, values, selected, ids = _block(layer, shards, inputs, selection, start, size)
         (z, t), options_vjp = prepared_vjp(values, selected)

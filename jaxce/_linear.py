@@ -43,26 +43,30 @@ def fused_linear(
 ) -> Callable[..., Any]:
     """Turns a row-wise loss of logits into a loss `f` of the linear layer before it, which never holds all the logits.
 
-    `f(x, w, *row_args, bias=None, weights=None, normalizer=None)` equals `loss_fn(x @ w + bias, *row_args)`, reduced
-    over rows, in about the time of its three matmuls (`jaxce/_linear.py` tells how). Every differentiation mode works,
-    for floating arguments and arrays that `loss_fn` closes over. Gradients not asked for cost nothing.
+    `f(x, w, *row_args, bias=None, weights=None, normalizer=None, where=None)` equals, reduced over rows,
+    `loss_fn(x @ w + bias, *row_args)`, in about the time of its three matmuls (`jaxce/_linear.py` tells how). Every
+    differentiation mode works, for floating arguments and arrays that `loss_fn` closes over. Gradients not asked for
+    cost nothing.
 
     Args:
         loss_fn: maps a block of logits [rows, num_classes], in float32 (float64 for float64 operands), and of row
-            arguments [rows, ...] to losses [rows], each of its row alone. It may see some rows twice.
+            arguments [rows, ...] to losses [rows], each of its row alone. It may see some rows twice. With "none", to a
+            pytree of arrays [rows], such as `LabelStatistics`: floating ones are differentiated, others returned.
         reduction: "mean" is Σ weights·loss / Σ weights, or / `normalizer`, and 0 where that divisor is 0. "sum" is
             Σ weights·loss, and "none" is weights·loss of each row.
         has_aux: whether `loss_fn` returns (losses, aux), aux a pytree of arrays [rows, ...]. It is not differentiated.
         class_axis: -1 for w [num_features, num_classes], 0 for its transpose, as tied embeddings have it.
         dtype: floating dtype of the matmuls' operands, by default that of x @ w. The logits' gradients are rounded to
-            it: with the 1/N of a mean, float16 underflows, bfloat16 does not. Sums are always in float32 (float64), and
+            it; in float16 multiply the loss by a loss scale. Sums are always in float32 (float64), and
             gradients in their arguments' dtypes.
         block_size: rows per block and device, at most. Default: 1024; on a CPU 128 to 512, fewer for many classes.
 
     Returns:
         `f`. It takes floating x [..., num_features] and w; row arguments, pytrees of arrays [..., any]; a floating bias
         [num_classes]; real weights [...], default all ones; and for a mean, a real scalar `normalizer`, such as the
-        global token count of data parallelism or gradient accumulation. It returns the loss, in float32 (float64), a
+        global token count of data parallelism or gradient accumulation; and `where`, bool [...], True for rows that
+        take part. A row masked by it, or of weight 0, has loss, aux and gradients 0, whatever it holds, and costs
+        nothing: blocks without another row are not computed. It returns the loss, in float32 (float64), a
         scalar or [...] for "none"; with `has_aux`, (loss, aux). Without rows, a sum or mean is 0.
 
     Raises:
@@ -89,7 +93,12 @@ def fused_linear(
     if not callable(loss_fn):
         raise _checks.type_error(function, "loss_fn", _checks.described(loss_fn), "a function of logits and row_args")
 
-    def fused(x, w, *row_args, bias=None, weights=None, normalizer=None, **unknown):
+    # A loss that closes over nothing is compiled once, whoever calls; others for each `fused`, with which goes what
+    # they close over.
+    compiled = _compiled_by_rows if getattr(loss_fn, "__closure__", ()) is None else _compiled_by_rows.__wrapped__
+    by_rows = compiled(loss_fn, has_aux, reduction, block_size)
+
+    def fused(x, w, *row_args, bias=None, weights=None, normalizer=None, where=None, **unknown):
         if unknown:
             raise _checks.type_error(function, "row_args", f"given as {', '.join(unknown)}=", "them by position")
         layer, x, w, bias = Layer.of(function, x, w, bias, class_axis, dtype)
@@ -97,35 +106,62 @@ def fused_linear(
         meaning = "as x; what is not of a row, loss_fn may close over"
         row_args = jax.tree.map(lambda a: _checks.leading(function, "row_args", a, lead, meaning), row_args)
         weights, normalizer = _check_weights(function, weights, normalizer, lead, reduction, layer)
+        row_mask, weights = _rows_that_count(function, where, weights, [], lead)
+        if weights is None and row_mask is not None and reduction != "none":
+            weights = row_mask.astype(layer.sum_dtype)
         scale = _row_scale(reduction, weights, normalizer, lead, layer)
-        blocked = functools.partial(_by_rows, layer, loss_fn, has_aux, reduction, block_size, row_parts(x))
+        blocked = functools.partial(by_rows, layer, row_parts(x))
         axes = len(lead) if reduction == "none" else 0, len(lead)
-        out, aux = in_auto(blocked, x, axes, x, w, bias, row_args, scale)
+        out, aux = in_auto(blocked, x, axes, x, w, bias, row_args, row_mask, scale)
         return (out, aux) if has_aux else out
 
     return fused
 
 
-def _by_rows(layer: Layer, loss_fn, has_aux: bool, reduction, block_size, parts, x, w, bias, row_args, scale):
+@functools.lru_cache(maxsize=64)
+def _compiled_by_rows(*static):
+    return jax.jit(functools.partial(_by_rows, *static), static_argnums=(0, 1), inline=True)
+
+
+def _by_rows(loss_fn, has_aux: bool, reduction, block_size, layer: Layer, parts, x, w, bias, row_args, row_mask, scale):
     """(each loss times `scale`, or their sum; aux), by blocks of rows."""
-    x = varying_as(x, scale)
-    sweep, inputs, loss = sweep_of("fused_linear", layer, loss_fn, has_aux, parts, block_size, x, w, bias, row_args)
-    if reduction != "none" and mesh_axes(scale) <= losses_axes(loss) and not coupled(loss):
-
-        def gradients(inputs, g, perturbed):
-            check_constants(loss, inputs, perturbed)
-            return sweep(inputs, g, perturbed)
-
-        return with_gradients(sweep, gradients)(inputs, varying_over(losses_axes(loss), scale))
-
-    like = varying_over(losses_axes(loss), jnp.zeros(()))
+    several, arrays = reduction == "none", (varying_as(x, scale, row_mask), w, bias, row_args, row_mask)
+    sweep, inputs, loss = sweep_of("fused_linear", layer, loss_fn, has_aux, several, parts, block_size, *arrays)
+    if not several and mesh_axes(scale) <= losses_axes(loss) and not coupled(loss):
+        return _summed(sweep, loss, inputs, scale, layer)
 
     def backward(inputs, _, g, perturbed):  # g comes in equal copies where shards share the losses
-        return sweep(inputs, reduced_as(g, like, lax.pmean), perturbed)[0][1]
+        g, treedef = jax.tree.flatten(g)
+        like = [varying_over(losses_axes(loss, i), jnp.zeros(())) for i in range(len(g))]
+        g = jax.tree.unflatten(treedef, [reduced_as(a, b, lax.pmean) for a, b in zip(g, like, strict=True)])
+        gradients = sweep(inputs, g, perturbed)[0][1]
+        return jax.tree.map(lambda a, d: None if d is None else d.astype(a.dtype), inputs, gradients)
 
-    losses, aux = with_backward(sweep, backward)(inputs)
-    losses = losses if scale is None else weighted(scale, losses)
-    return losses if reduction == "none" else jnp.sum(losses), aux
+    losses, (others, aux) = with_backward(sweep, backward)(inputs)
+    losses = losses if scale is None else jax.tree.map(functools.partial(weighted, scale), losses)
+    if not several:
+        return jnp.sum(losses), aux
+    return jax.tree.map(lambda a, b: b if a is None else a, losses, others, is_leaf=lambda a: a is None), aux
+
+
+def _summed(sweep, loss, inputs: Inputs, scale: Array, layer: Layer):
+    """(Σ scale·losses, aux), whose gradients are made in the forward pass.
+
+    With float16, in units of the largest |scale|: 1/N of a mean would round them to nothing, and reverse mode brings
+    the loss scale too late. Other dtypes do without, as this is one more pass over the gradients.
+    """
+
+    def gradients(inputs, g, perturbed):
+        check_constants(loss, inputs, perturbed)
+        return sweep(inputs, g, perturbed)
+
+    unit, dtypes = None, [layer.operand_dtype, *(a.dtype for a in jax.tree.leaves(inputs))]
+    if jnp.float16 in dtypes and scale.size:
+        unit = lax.stop_gradient(jnp.abs(scale).max())
+        unit = jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1)
+    scale = varying_over(losses_axes(loss), scale if unit is None else scale / unit)
+    total, (_, aux) = with_gradients(sweep, gradients)(inputs, scale)
+    return total if unit is None else total * unit, aux
 
 
 def linear_cross_entropy(
@@ -137,6 +173,7 @@ def linear_cross_entropy(
     weights: Arrays | None = None,
     reduction: Reduction = "mean",
     normalizer: ArrayLike | None = None,
+    where: Arrays | None = None,
     ignore_index: ArrayLike | None = None,
     class_mask: Arrays | None = None,
     tail: bool = False,
@@ -163,6 +200,7 @@ def linear_cross_entropy(
             as of `softmax_cross_entropy_with_top_k_labels`.
         tail: with such a pair, whether all other classes are one class more.
         weights: real, with shape [...], default all ones. They multiply the rows' losses.
+        where: bool, with shape [...], True for rows that take part.
         reduction, normalizer, dtype: see `fused_linear`. A mean without normalizer divides by Σ weights of the rows not
             ignored, each times its integer label's class weight, as PyTorch does.
         ignore_index: rows with this integer label are ignored. Any integer, a class or not.
@@ -173,16 +211,17 @@ def linear_cross_entropy(
             128, by default those whose float32 logits fit in 64 MiB, and at least 2048 (on a CPU, in 32 MiB).
         recompute: True for blocks of classes (4 matmuls, no accumulator of w's size), False for blocks of rows (3).
             Default: classes where w is narrower than the float32 sums (a bfloat16 w), on one device or in
-            `jax.shard_map`; else rows. With reduction="none" the default is classes.
+            `jax.shard_map`; else rows. With reduction="none" the default is classes. True, or a `jax.checkpoint`, is
+            for `jax.grad` of a `lax.scan` over microbatches: rows would keep one dw for each.
         axis_name: inside `jax.shard_map` (with check_vma=True), the mesh axis that the classes are split over. `w`,
             `bias`, `class_weights` and `class_mask` are the shard's. All shards hold equally many classes: mask any
             excess.
 
     Returns:
-        The loss, in float32 (float64 for float64 operands), a scalar or [...] for "none". An ignored row has loss and
-        gradient exactly 0, whatever `x` holds. If all rows are ignored, or there are none, loss and gradients are 0.
-        So it is if all classes are masked. In other rows a label that is invalid, or of a masked class, makes the loss
-        NaN, even with weight 0; `check_labels` finds those out of range.
+        The loss, in float32 (float64 for float64 operands), a scalar or [...] for "none". A row that is masked, ignored
+        or of weight 0 has loss and gradient exactly 0, whatever it holds, and costs nothing. If all rows are such, or
+        all classes are masked, or there are no rows, loss and gradients are 0. In other rows a label that is invalid,
+        or of a masked class, makes the loss NaN; `check_labels` finds those out of range.
 
     Raises:
         TypeError: a dtype is wrong.
@@ -204,10 +243,9 @@ def linear_cross_entropy(
     given = dict(label_smoothing=label_smoothing, class_weights=class_weights, logit_cap=logit_cap, z_loss=z_loss)
     shards = ClassShards(layer.classes, _checks.mesh_axis(function, axis_name))
     options = Options.of(function, layer.sum_dtype, x.ndim, shards, given)
-    labelled = _labelled(function, layer, x, labels, tail, ignore_index, class_mask, options, shards)
-    x, selection, targets, listed = labelled
-    if weights is not None and selection.row_mask is not None:
-        weights = jnp.where(selection.row_mask, weights, 0)
+    selection, targets, listed, weights = _labelled(
+        function, layer, rows, labels, tail, ignore_index, class_mask, where, weights, options, shards
+    )
     if reduction == "mean" and normalizer is None:
         normalizer = _mean_divisor(layer, rows, options, weights, selection, shards)
     scale = _row_scale(reduction, weights, normalizer, rows, layer)
@@ -218,6 +256,7 @@ def linear_cross_entropy(
     return in_auto(loss_of, x, axes, x, w, bias, (selection, targets, listed), scale, options)
 
 
+@functools.partial(jax.jit, static_argnums=range(6), inline=True)  # eager calls compile once
 def _loss_of(layer: Layer, shards, by_classes, reduction, block_size, parts, x, w, bias, labelled, scale, options):
     """Each loss times `scale`, or their sum. The loss is ordinary JAX of the rows' numbers."""
     everything = x, w, bias, labelled, scale, options
@@ -237,9 +276,11 @@ def _loss_of(layer: Layer, shards, by_classes, reduction, block_size, parts, x, 
 
     if not by_classes:  # blocks [B, K]
         per_class = options.class_weights, selection.class_mask
-        weights, class_mask = jax.tree.map(lambda a: a.reshape(1, -1), per_class)
-        options, rows = options._replace(class_weights=weights), (selection._replace(class_mask=None), targets, listed)
-        return _by_rows(layer, loss_of_block, False, reduction, block_size, parts, x, w, bias, rows, scale)[0]
+        class_weights, class_mask = jax.tree.map(lambda a: a.reshape(1, -1), per_class)
+        options = options._replace(class_weights=class_weights)
+        rows = selection._replace(class_mask=None, row_mask=None), targets, listed
+        by_rows = functools.partial(_by_rows, loss_of_block, False, reduction, block_size, layer, parts)
+        return by_rows(x, w, bias, rows, selection.row_mask, scale)[0]
     inputs = Inputs(x, w, bias, values_of(None, x.ndim, selection, targets))
     found = class_blocked_rows(layer, inputs, selection, block_size, shards)
     loss = loss_of_rows(*found, listed, options, selection, shards)
@@ -248,47 +289,60 @@ def _loss_of(layer: Layer, shards, by_classes, reduction, block_size, parts, x, 
 
 
 def _labelled(
-    function, layer: Layer, x, labels, tail, ignore_index, class_mask, options: Options, shards: ClassShards
-) -> tuple[Array, Selection, Array | None, Any]:
-    """x, `Selection`, the targets of dense labels, and what `loss_of_rows` takes of listed classes."""
-    rows, pair = x.shape[:-1], isinstance(labels, tuple)
+    function, layer: Layer, rows, labels, tail, ignore_index, class_mask, where, weights, options: Options, shards
+) -> tuple[Selection, Array | None, Any, Array | None]:
+    """`Selection`, the targets of dense labels, what `loss_of_rows` takes of listed classes, and the weights."""
+    pair = isinstance(labels, tuple)
     if pair and len(labels) != 2:
         raise _checks.value_error(function, "labels", f"a tuple of {len(labels)}", "(class_ids, targets)")
     if tail and not pair:
         raise _checks.value_error(function, "tail", "True", "it with labels (class_ids, targets)")
+    masks = class_mask, ignore_index, where, weights
     if not pair and not jnp.issubdtype(getattr(labels, "dtype", jnp.int32), jnp.floating):
         labels = _checks.integer(function, "labels", labels)
         _checks.shape(function, "labels", labels, rows, "one label for each row of x")
-        return *masked_rows(function, x, labels, class_mask, ignore_index, shards), None, None
+        selection, weights = selected(function, rows, labels, *masks, shards)
+        return selection, None, None, weights
     if ignore_index is not None:
         raise _checks.value_error(function, "ignore_index", f"{ignore_index!r}", "None, unless labels are integers")
-    x, selection = masked_rows(function, x, None, class_mask, None, shards)
+    selection, weights = selected(function, rows, None, *masks, shards)
     if pair:
         ids, t = top_k_labels(function, labels[0], labels[1], rows)
         selection, listed = listed_classes(ids, t.astype(layer.sum_dtype), tail, options, selection, shards)
-        return x, selection, None, listed
+        return selection, None, listed, weights
     targets = _checks.shape(function, "labels", jnp.asarray(labels), (*rows, shards.local), "a target for each class")
-    return x, selection, targets.astype(layer.sum_dtype) if targets.dtype == jnp.float64 else targets, None
+    targets = targets.astype(layer.sum_dtype) if targets.dtype == jnp.float64 else targets
+    return selection, targets, None, weights
 
 
-def masked_rows(function, x, labels, class_mask, ignore_index, shards) -> tuple[Array, Selection]:
-    """Rows to ignore are masked, and their x set to 0: a NaN there, times a gradient of 0, would reach dw.
-
-    Without any class, no row counts.
-    """
-    row_mask, rows = None, x.shape[:-1]
+def selected(
+    function, rows, labels, class_mask, ignore_index, where, weights, shards
+) -> tuple[Selection, Array | None]:
+    """What takes part of a head's rows and classes, and the weights, 0 for other rows. Without a class, no row does."""
+    kept = []
     if class_mask is not None:
         class_mask = _checks.boolean(function, "class_mask", class_mask)
         _checks.shape(function, "class_mask", class_mask, (shards.local,), "one bool for each class of w")
-        row_mask = jnp.broadcast_to(shards.total(class_mask.any().astype(jnp.int32)) > 0, rows)
+        kept.append(jnp.broadcast_to(shards.total(class_mask.any().astype(jnp.int32)) > 0, rows))
         class_mask = jnp.expand_dims(class_mask, range(len(rows)))
     if ignore_index is not None:
-        kept = ~_labels.ignored(function, labels, ignore_index)
-        row_mask = kept if row_mask is None else row_mask & kept
-    if row_mask is not None:
-        x = jnp.where(row_mask[..., None], x, 0)
+        kept.append(~_labels.ignored(function, labels, ignore_index))
+    row_mask, weights = _rows_that_count(function, where, weights, kept, rows)
     labels = None if labels is None else _labels.class_ids(labels, class_mask, row_mask, shards)
-    return x, Selection(labels, class_mask, row_mask)
+    return Selection(labels, class_mask, row_mask), weights
+
+
+def _rows_that_count(function, where, weights, kept, rows) -> tuple[Array | None, Array | None]:
+    """Which rows are neither masked nor of weight 0 (None: all), and the weights, 0 for the others."""
+    if where is not None:
+        where = _checks.boolean(function, "where", where)
+        kept = [*kept, _checks.shape(function, "where", where, rows, "True for each row of x that takes part")]
+    if weights is not None:
+        kept = [*kept, weights != 0]
+    if not kept:
+        return None, None
+    row_mask = functools.reduce(jnp.logical_and, kept)
+    return row_mask, None if weights is None else jnp.where(row_mask, weights, 0)
 
 
 def _mean_divisor(layer: Layer, rows, options: Options, weights, selection: Selection, shards: ClassShards) -> Array:

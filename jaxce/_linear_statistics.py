@@ -10,7 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 from . import _checks
 from ._checks import Arrays
 from ._class_blocks import class_blocked_rows
-from ._linear import check_options, masked_rows
+from ._linear import check_options, selected
 from ._losses import LabelStatistics, statistics_of
 from ._matmuls import Inputs, Layer
 from ._options import Options, Selection, Values
@@ -23,6 +23,7 @@ def linear_label_statistics(
     labels: Arrays,
     *,
     bias: Arrays | None = None,
+    where: Arrays | None = None,
     ignore_index: ArrayLike | None = None,
     class_mask: Arrays | None = None,
     logit_cap: ArrayLike | None = None,
@@ -41,14 +42,15 @@ def linear_label_statistics(
         x, w, bias: floating, with shapes [..., num_features], [num_features, num_classes] and [num_classes].
         class_axis: the class axis of w: -1, or 0 for w [num_classes, num_features], as tied embeddings have it.
         labels: integer, with shape [...], in [0, num_classes), counted over all shards.
-        ignore_index, class_mask, dtype, axis_name: see `linear_cross_entropy`.
+        where, ignore_index, class_mask, dtype, axis_name: see `linear_cross_entropy`.
         logit_cap: see `softmax_cross_entropy`.
         block_size: classes per block, as in `linear_cross_entropy`.
 
     Returns:
         `LabelStatistics`, a named tuple of arrays [...], as of `label_statistics`, in float32 (float64 for float64
-        operands). Ignored rows have 0, 0, 0, False and gradient exactly 0, whatever `x` holds. So have all rows if all
-        classes are masked. Rows with an invalid or masked label have NaN, NaN, NaN, False.
+        operands). Masked and ignored rows have 0, 0, 0, False and gradient exactly 0, whatever `x` holds, and cost
+        nothing. So have all rows if all classes are masked. Rows with a label that is invalid or masked have NaN, NaN,
+        NaN, False.
 
     Raises:
         TypeError: a dtype is wrong.
@@ -70,7 +72,7 @@ def linear_label_statistics(
     _checks.shape(function, "labels", labels, x.shape[:-1], "one label for each row of x")
     shards = ClassShards(layer.classes, _checks.mesh_axis(function, axis_name))
     options = Options.of(function, layer.sum_dtype, x.ndim, shards, dict(logit_cap=logit_cap))
-    x, selection = masked_rows(function, x, labels, class_mask, ignore_index, shards)
+    selection, _ = selected(function, labels.shape, labels, class_mask, ignore_index, where, None, shards)
     axes = LabelStatistics._make([labels.ndim] * 4)
     statistics = functools.partial(_statistics, layer, shards, block_size)
     return in_auto(statistics, x, axes, x, w, bias, selection, options.logit_cap)

@@ -183,6 +183,30 @@ def scan_blocks(layer: Layer, block: Callable[..., Any], start: Any, slices: Any
     return totals, jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
 
 
+# On jax 0.10 XLA for CPUs aborts (`dot_op_emitter`) where vmap makes a batch of matmuls in a conditional. All are
+# computed there. Test: test_any_loss_in_every_mode, vmap over heads.
+CONDITIONALS = jax.__version_info__ >= (0, 11)
+
+
+def if_needed(needed: Array, run: Callable[..., Any], skip: Callable[..., Any], *args: Any) -> Any:
+    if CONDITIONALS:
+        return lax.cond(needed, run, skip, *args)
+    return jax.tree.map(functools.partial(jnp.where, needed), run(*args), skip(*args))
+
+
+def checkpointed(step: Callable[..., Any]) -> Callable[..., Any]:
+    """`step(*arrays, size)` under `jax.checkpoint`, whose static_argnums would keep what `step` closes over for good.
+
+    Test: test_arrays_are_not_kept.
+    """
+
+    def of_size(*args):
+        *arrays, size = args
+        return jax.checkpoint(lambda *arrays: step(*arrays, size), prevent_cse=False)(*arrays)
+
+    return of_size
+
+
 DW_TILE = 2**19  # numbers: 2 MiB of sums, which stay in the caches
 
 

@@ -19,7 +19,7 @@ from jax import Array, lax
 
 from . import _checks
 from ._autodiff import of_perturbed
-from ._matmuls import PLATFORMS, Inputs, Layer, scan_blocks
+from ._matmuls import PLATFORMS, Inputs, Layer, if_needed, scan_blocks
 from ._sharding import gathered, mesh_axes, parts_of, varying_as, varying_over
 
 
@@ -44,10 +44,10 @@ def row_parts(x: Array) -> tuple[int, ...]:
 
 
 class RowBlocks(NamedTuple):
-    """How arrays [*lead, ...] are split into n blocks [*parts, B]: [n, *parts, B, ...].
+    """How arrays [*lead, ...] are split into n blocks [*parts, B, ...].
 
     Without a sharding there are no parts; with one, each part gives every block an equal share of its rows (see
-    `jaxce._sharding`). A few rows are repeated to fill the blocks.
+    `jaxce._sharding`). Where blocks do not divide the rows, the last one takes some of the block before again.
     """
 
     lead: tuple[int, ...]
@@ -66,31 +66,85 @@ class RowBlocks(NamedTuple):
     def part_axes(self) -> tuple[int, ...]:
         return tuple(p for p in self.parts if p > 1)
 
-    def split(self, a: Array, repeat: bool = True) -> Array:
+    @property
+    def part_rows(self) -> int:
+        return math.prod(self.lead) // math.prod(self.parts)
+
+    def by_parts(self, a: Array) -> Array:
+        """[*lead, ...] as [*parts, rows, ...]."""
         rest = a.shape[len(self.lead) :]
         divided = [n for p, length in zip(self.parts, self.lead, strict=True) for n in (p, length // p)]
-        a = a.reshape(*divided, *rest)
-        axes, first = len(self.lead), len(self.part_axes)
-        a = jnp.moveaxis(a, range(0, 2 * axes, 2), range(axes))
-        part_rows = math.prod(self.lead) // math.prod(self.parts)
-        a = a.reshape(*self.part_axes, part_rows, *rest)
-        if extra := self.blocks * self.size - part_rows:
-            # Rows of zeros could make a loss NaN that is not; rows that are there already cannot. Their g is 0.
-            fill = lax.slice_in_dim(a, 0, extra, axis=first)
-            a = jnp.concatenate([a, fill if repeat else jnp.zeros_like(fill)], first)
-        return jnp.moveaxis(a.reshape(*self.part_axes, self.blocks, self.size, *rest), first, 0)
+        a = jnp.moveaxis(a.reshape(*divided, *rest), range(0, 2 * len(self.lead), 2), range(len(self.lead)))
+        return a.reshape(*self.part_axes, self.part_rows, *rest)
 
-    def join(self, a: Array) -> Array:
-        first, axes = len(self.part_axes), len(self.lead)
-        rest = a.shape[first + 2 :]
-        a = jnp.moveaxis(a, 0, first).reshape(*self.part_axes, self.blocks * self.size, *rest)
-        a = lax.slice_in_dim(a, 0, math.prod(self.lead) // math.prod(self.parts), axis=first)
-        a = a.reshape(*self.parts, *(length // p for p, length in zip(self.parts, self.lead, strict=True)), *rest)
-        return jnp.moveaxis(a, range(axes), range(0, 2 * axes, 2)).reshape(*self.lead, *rest)
+    def cut(self, arrays: Any, row_mask: Array | None) -> tuple[Any, Callable]:
+        """What to scan over, and `take(slice)`: that block of `arrays`, and which of its rows are new; None for all.
+
+        Rows that are masked are left out: blocks take the others first. What is then left to take is one of those
+        again, as zeros could make a loss NaN that is not. In the slices are the rows, the new ones, and if there are.
+        """
+        arrays, n, size, axis = jax.tree.map(self.by_parts, arrays), self.blocks, self.size, len(self.part_axes)
+        if row_mask is not None:
+            row_mask = self.by_parts(row_mask)
+            place = jnp.expand_dims(jnp.arange(n * size), range(axis))
+            order = jnp.argsort(~row_mask, -1, stable=True)
+            if n * size != self.part_rows:
+                order = jnp.take(order, jnp.minimum(place.ravel(), self.part_rows - 1), -1)
+            new = place < row_mask.sum(-1, keepdims=True)
+            slices = tuple(self._blocks(a) for a in (jnp.where(new, order, order[..., :1]), new))
+            return (*slices, slices[1].any(range(1, axis + 2))), lambda s: (self._taken(arrays, s[0]), s[1])
+        if n * size == self.part_rows:
+            return jax.tree.map(self._blocks, arrays), lambda s: (s, None)
+
+        def take(i):
+            start = jnp.minimum(i * size, self.part_rows - size)
+            new = jnp.arange(size) >= i * size - start
+            block = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, size, axis), arrays)
+            return block, jnp.broadcast_to(new, (*self.part_axes, size))
+
+        return jnp.arange(n), take
+
+    def join(self, out: Any, row_mask: Array | None) -> Any:
+        """[n, *parts, B, ...] as [*lead, ...], with 0 where masked."""
+        first, axes, n, size = len(self.part_axes), len(self.lead), self.blocks, self.size
+        out = jax.tree.map(
+            lambda a: jnp.moveaxis(a, 0, first).reshape(*self.part_axes, n * size, *a.shape[first + 2 :]), out
+        )
+        if row_mask is not None:
+            out = self._taken(out, jnp.maximum(jnp.cumsum(self.by_parts(row_mask), -1) - 1, 0))
+        elif again := n * size - self.part_rows:
+            last = (n - 1) * size
+            kept = functools.partial(lax.slice_in_dim, axis=first)
+            out = jax.tree.map(lambda a: jnp.concatenate([kept(a, 0, last), kept(a, last + again, None)], first), out)
+
+        def by_lead(a):
+            rest = a.shape[first + 1 :]
+            a = a.reshape(*self.parts, *(length // p for p, length in zip(self.parts, self.lead, strict=True)), *rest)
+            a = jnp.moveaxis(a, range(axes), range(0, 2 * axes, 2)).reshape(*self.lead, *rest)
+            if row_mask is None:
+                return a
+            return jnp.where(jnp.expand_dims(row_mask, range(axes, a.ndim)), a, jnp.zeros((), a.dtype))
+
+        return jax.tree.map(by_lead, out)
+
+    def _blocks(self, a: Array) -> Array:
+        """[*parts, n·B, ...] as [n, *parts, B, ...]."""
+        axis = len(self.part_axes)
+        return jnp.moveaxis(a.reshape(*self.part_axes, self.blocks, self.size, *a.shape[axis + 1 :]), axis, 0)
+
+    def _taken(self, arrays: Any, rows: Array) -> Any:
+        """Of each part [rows, ...], these."""
+
+        def take(a, rows):
+            return a.at[rows].get(mode="promise_in_bounds")
+
+        for _ in self.part_axes:
+            take = jax.vmap(take)
+        return jax.tree.map(lambda a: take(a, rows), arrays)
 
 
 def sweep_of(
-    function: str, layer: Layer, loss_fn, has_aux: bool, parts, block_size: int | None, x, w, bias, rows
+    function: str, layer: Layer, loss_fn, has_aux, several, parts, block_size: int | None, x, w, bias, rows, row_mask
 ) -> tuple[Callable[..., Any], Inputs, Any]:
     """`sweep` of this loss, the inputs to run it on, and the jaxpr of the loss of a block.
 
@@ -102,7 +156,7 @@ def sweep_of(
 
     @functools.cache  # blocks of the same size share one trace of the loss
     def block_loss(blocks: RowBlocks) -> Callable:
-        return _hoisted(function, layer, loss_fn, has_aux, blocks, (x, w, bias, rows), consts, traced)
+        return _hoisted(function, layer, loss_fn, has_aux, several, blocks, (x, w, bias, rows), consts, traced)
 
     def plan(layer: Layer) -> tuple[RowBlocks, Callable]:
         most = layer.devices * (block_size or max_rows(layer, x.shape[-1]))
@@ -110,18 +164,18 @@ def sweep_of(
         return blocks, block_loss(blocks)
 
     plans = {platform: plan(layer._replace(platform=platform)) for platform in PLATFORMS}
-    axes = losses_axes(traced[0])
+    axes = frozenset().union(*(losses_axes(traced[0], i) for i in range(len(traced[0].out_avals) if several else 1)))
     if any(axes - mesh_axes(a) for a in jax.tree.leaves((x, rows))):
         # Each shard's own gradients are wanted, also of what all shards share.
         x, rows = varying_over(axes, (x, rows))
-        return sweep_of(function, layer, loss_fn, has_aux, parts, block_size, x, w, bias, rows)
-    inputs = Inputs(x, w, bias, (rows, list(map(jnp.asarray, consts))))
+        return sweep_of(function, layer, loss_fn, has_aux, several, parts, block_size, x, w, bias, rows, row_mask)
+    inputs = Inputs(x, w, bias, (rows, list(map(jnp.asarray, consts)), row_mask))
     return functools.partial(sweep, layer, plans), inputs, traced[0]
 
 
-def losses_axes(closed: Any) -> frozenset[Any]:
-    """`mesh_axes` of the losses that this jaxpr returns first."""
-    return closed.out_avals[0].manual_axis_type.varying
+def losses_axes(closed: Any, i: int = 0) -> frozenset[Any]:
+    """`mesh_axes` of the losses that this jaxpr returns first, or of its result i."""
+    return closed.out_avals[i].manual_axis_type.varying
 
 
 def coupled(closed: Any) -> bool:
@@ -146,35 +200,45 @@ def check_constants(closed: Any, inputs: Inputs, perturbed: Inputs) -> None:
 
 
 def _hoisted(
-    function, layer: Layer, loss_fn, has_aux: bool, blocks: RowBlocks, arguments, consts: list, traced: list
+    function, layer: Layer, loss_fn, has_aux: bool, several: bool, blocks: RowBlocks, arguments, consts, traced: list
 ) -> Callable:
-    """The loss of one block as a function of `consts` too, to which is added what it closes over."""
+    """The loss of one block as a function of `consts` too, to which is added what it closes over.
+
+    It returns the losses, and (what is of no floating dtype, aux): of `several` numbers, trees with None for the rest.
+    """
 
     def block_loss(logits, *rows):
         out, size = loss_fn(logits, *rows), logits.shape[0]
         pair = isinstance(out, tuple | list) and len(out) == 2
         losses: Any = out[0] if has_aux and pair else out
         aux = out[1] if has_aux and pair else None
-        is_array = isinstance(losses, Array | np.ndarray) and pair == has_aux
-        if not is_array or losses.shape != (size,) or not jnp.issubdtype(losses.dtype, jnp.floating):
+        leaves = jax.tree.leaves(losses) if several else [losses]
+        arrays = all(isinstance(a, Array | np.ndarray) and a.shape == (size,) for a in leaves)
+        floating = [arrays and jnp.issubdtype(a.dtype, jnp.floating) for a in leaves]
+        if not any(floating) or (not pair if has_aux else pair and not several):
+            got = ", ".join(map(_checks.described, leaves if several else [losses])) or "empty"
             wanted = f"floating losses of shape ({size},), or with has_aux=True (losses, aux)"
-            raise _checks.value_error(function, "the result of loss_fn", _checks.described(losses), wanted)
+            wanted += ", or a pytree of such arrays" if several else ", or with reduction='none' a pytree"
+            raise _checks.value_error(function, "the result of loss_fn", got, wanted)
         aux = jax.tree.map(lambda a: _checks.leading(function, "aux of loss_fn", a, (size,), "as x"), aux)
-        return jnp.asarray(losses, layer.sum_dtype), aux
+        flags = jax.tree.unflatten(jax.tree.structure(losses), floating)
+        numbers = jax.tree.map(lambda a, f: jnp.asarray(a, layer.sum_dtype) if f else None, losses, flags)
+        return numbers, (jax.tree.map(lambda a, f: None if f else jnp.asarray(a), losses, flags), aux)
 
     def of_one_block(x, w, bias, rows):
-        first = (0,) * (1 + len(blocks.part_axes))
-        x, rows = jax.tree.map(lambda a: blocks.split(a)[first], (x, rows))
+        first = (*[0] * len(blocks.part_axes), slice(blocks.size))
+        x, rows = jax.tree.map(lambda a: blocks.by_parts(a)[first], (x, rows))
         return layer.logits(x, w, bias), *rows
 
     # Not built from shapes and dtypes: inside shard_map and Explicit meshes, types say more than these.
     block = jax.eval_shape(of_one_block, *arguments)
     closed, shapes = jax.make_jaxpr(block_loss, return_shape=True)(*block)
-    traced.append(closed)
     treedef, known = jax.tree.structure(shapes), list(map(id, consts))
     new = [c for c in closed.consts if id(c) not in known]
     consts += new
     places = [list(map(id, consts)).index(id(c)) for c in closed.consts]
+    closed = closed.replace(consts=[None] * len(places))  # or what compiles it would keep them
+    traced.append(closed)
 
     def hoisted(consts, logits, *rows):
         from jax.extend import core  # here, as on newer jax it imports Pallas: half the import time of this package
@@ -188,8 +252,8 @@ def _hoisted(
 def sweep(layer: Layer, plans: dict, inputs: Inputs, g: Any = None, perturbed: Any = None):
     """((losses [...], gradients), aux): the gradients of Σ g·losses, with None for what is not `perturbed`.
 
-    Without g, (losses, aux). In `inputs`, x is [..., D], and the others are row arguments [..., any] and a list of the
-    arrays that the loss closes over.
+    Without g, (losses, aux). In `inputs`, x is [..., D], and the others are row arguments [..., any], a list of the
+    arrays that the loss closes over, and which rows count [...], or None for all. Of other rows every result is 0.
     """
 
     return layer.by_platform(lambda layer, *args: _sweep(layer, plans[layer.platform], perturbed, *args), inputs, g)
@@ -197,39 +261,54 @@ def sweep(layer: Layer, plans: dict, inputs: Inputs, g: Any = None, perturbed: A
 
 def _sweep(layer: Layer, plan: tuple[RowBlocks, Callable], perturbed: Any, inputs: Inputs, g: Any):
     blocks, block_loss = plan
-    w, (rows, consts) = gathered(inputs.w.astype(layer.operand_dtype), 1 - layer.class_axis), inputs.others
-    x, rows = jax.tree.map(blocks.split, (inputs.x, rows))
-    split = Inputs(x, w, inputs.bias, (rows, consts))
+    rows, _, row_mask = inputs.others
+    inputs = inputs._replace(w=gathered(inputs.w.astype(layer.operand_dtype), 1 - layer.class_axis))
     parts = blocks.part_axes
     for _ in parts:
         block_loss = jax.vmap(block_loss, (None, *[0] * (1 + len(rows))))
     if g is None:
-        return jax.tree.map(blocks.join, _losses(layer, block_loss, split))
+        slices, take = blocks.cut((inputs.x, rows), row_mask)
+        return blocks.join(_losses(layer, block_loss, inputs, slices, take), row_mask)
 
     # Where parts may be on different devices each has its own sums, which are added up, and so communicated, once.
     apart = [p for i, p in enumerate(parts) if math.prod(parts[: i + 1]) <= layer.devices]
-    g = blocks.split(g, repeat=False)
+    slices, take = blocks.cut((inputs.x, rows, g), row_mask)
     start = _zero_totals(layer, inputs, g, perturbed, apart)
-    block = functools.partial(_block, layer, block_loss, split, perturbed, len(apart))
+    block = functools.partial(_block, layer, block_loss, inputs, perturbed, len(apart))
     # Where the sweep is itself differentiated, the checkpoint keeps the residuals of a block from being stacked.
-    totals, out = scan_blocks(layer, jax.checkpoint(block, prevent_cse=False), start, (x, rows, g))
-    (dw, dbias, dconsts), (losses, aux, dx, drows) = totals, jax.tree.map(blocks.join, out)
+    block = jax.checkpoint(_if_a_row_counts(block, row_mask, take, start, slices), prevent_cse=False)
+    totals, out = scan_blocks(layer, block, start, slices)
+    (dw, dbias, dconsts), (losses, aux, dx, drows) = totals, blocks.join(out, row_mask)
 
     def added(total, a):  # over the parts
-        return None if total is None else total.sum(range(len(apart))).astype(a.dtype)
+        return None if total is None else total.sum(range(len(apart))).astype(_sum_dtype(layer, a))
 
-    return (losses, Inputs(dx, added(dw, inputs.w), added(dbias, inputs.bias), (drows, dconsts))), aux
+    return (losses, Inputs(dx, added(dw, inputs.w), added(dbias, inputs.bias), (drows, dconsts, None))), aux
 
 
-def _losses(layer: Layer, block_loss, inputs: Inputs):
-    rows, consts = inputs.others
+def _losses(layer: Layer, block_loss, inputs: Inputs, slices, take):
+    consts, row_mask = inputs.others[1:]
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def block(_, slices):
-        x, rows = slices
+    def block(_, taken, new):
+        x, rows = taken
         return None, block_loss(consts, layer.logits(x, inputs.w, inputs.bias), *rows)
 
-    return lax.scan(block, None, (inputs.x, rows))[1]
+    return lax.scan(
+        jax.checkpoint(_if_a_row_counts(block, row_mask, take, None, slices), prevent_cse=False), None, slices
+    )[1]
+
+
+def _if_a_row_counts(block: Callable, row_mask: Array | None, take: Callable, start: Any, slices: Any) -> Callable:
+    """`block(totals, *take(slice))` as a step of a scan. With a mask, (totals, zeros) without a row that counts."""
+
+    def run(totals, slices):
+        return block(totals, *take(slices))
+
+    if row_mask is None:
+        return run
+    # The zeros have the types of results, which in shard_map say more than shapes; nothing else is computed.
+    zeros = jax.tree.map(jnp.zeros_like, run(start, jax.tree.map(lambda a: a[0], slices))[1])
+    return lambda totals, slices: if_needed(slices[-1], run, lambda totals, _: (totals, zeros), totals, slices)
 
 
 def _zero_totals(layer: Layer, inputs: Inputs, g, perturbed: Inputs, apart: list[int]):
@@ -238,24 +317,32 @@ def _zero_totals(layer: Layer, inputs: Inputs, g, perturbed: Inputs, apart: list
     def zeros(a, moves):
         return varying_as(jnp.zeros((*apart, *a.shape), layer.sum_dtype), g, inputs) if moves else None
 
-    _, consts = inputs.others
-    dconsts = jax.tree.map(lambda c, moves: jnp.zeros_like(c) if moves else None, consts, perturbed.others[1])
+    def zeros_like(c, moves):
+        return jnp.zeros_like(c, _sum_dtype(layer, c)) if moves else None
+
+    dconsts = jax.tree.map(zeros_like, inputs.others[1], perturbed.others[1])
     return zeros(inputs.w, perturbed.w), zeros(inputs.bias, perturbed.bias), dconsts
 
 
-def _block(layer: Layer, block_loss, inputs: Inputs, perturbed: Inputs, apart: int, totals, slices):
-    """One step: the losses of a block, its dx and row gradients, and what it adds to the totals."""
-    (x, rows, g), (dw, dbias, dconsts) = slices, totals
+def _sum_dtype(layer: Layer, a: Array):
+    """In which a sum over rows is returned: float16 may overflow, before it is multiplied by the 1/N of a mean."""
+    return layer.sum_dtype if a.dtype == jnp.float16 else a.dtype
+
+
+def _block(layer: Layer, block_loss, inputs: Inputs, perturbed: Inputs, apart: int, totals, taken, new):
+    """One step: the losses of a block, its dx and row gradients, and what its new rows add to the totals."""
+    (x, rows, g), (dw, dbias, dconsts) = taken, totals
+    g = g if new is None else jax.tree.map(lambda g: jnp.where(new, g, 0), g)
     z = layer.logits(x, inputs.w, inputs.bias)
     loss, values, to_tree = of_perturbed(
         lambda z, others: block_loss(others[1], z, *others[0]),
         (z, (rows, inputs.others[1])),
-        (True, perturbed.others),
+        (True, perturbed.others[:2]),
     )
     losses, loss_vjp, aux = jax.vjp(loss, values, has_aux=True)
     dz, (drows, block_dconsts) = to_tree(loss_vjp(g)[0])
     dx = layer.dx_of_few(dz, inputs.w).astype(inputs.x.dtype) if perturbed.x else None
     dw = layer.add_dw(dw, x, dz) if perturbed.w else None
     dbias = dbias + dz.sum(range(apart, dz.ndim - 1)) if perturbed.bias else None
-    dconsts = jax.tree.map(jnp.add, dconsts, block_dconsts)
+    dconsts = jax.tree.map(lambda total, d: total + d.astype(total.dtype), dconsts, block_dconsts)
     return (dw, dbias, dconsts), (losses, aux, dx, drows)

@@ -48,7 +48,7 @@ def _rule_of(shards: ClassShards, with_entropy: bool, differentiated: bool = Fal
         return _backward(shards, *residuals, *cotangents), None
 
     rule.defvjp(forward, backward)
-    return with_forward_mode(rule)
+    return jax.jit(with_forward_mode(rule), inline=True)  # eager calls compile once
 
 
 @functools.partial(jax.jit, static_argnums=0)

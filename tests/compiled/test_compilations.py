@@ -1,5 +1,9 @@
 """How often JAX traces and compiles, and what it is given to compile."""
 
+import gc
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,12 +91,70 @@ def test_no_effects(loss):
     assert not jax.make_jaxpr(gradient_of(loss))(jnp.ones((8, 10)), jnp.zeros(8, jnp.int32)).effects
 
 
-def test_calls_outside_jit_do_not_compile_again(caplog):
+def linear(z, y, **options):
+    return jaxce.linear_cross_entropy(z, jnp.ones((10, 128)), y, **options)
+
+
+def closing_over(array):
+    return jaxce.fused_linear(lambda z, y: integer_loss(z - array[None], y))
+
+
+FUSED, FUSED_NONE = closing_over(jnp.ones(128)), jaxce.fused_linear(integer_loss, reduction="none")
+EAGER: dict[str, Callable] = {
+    "integer": integer_loss,
+    "cap": partial(integer_loss, logit_cap=3.0, label_smoothing=0.1, ignore_index=3),
+    "dense": lambda z, y: dense_loss(z, jax.nn.one_hot(y, 10), where=z > -1, logit_cap=3.0),
+    "statistics": lambda z, y: jaxce.label_statistics(z, y).entropy,
+    "rows": linear,
+    "classes": partial(linear, recompute=True, label_smoothing=0.1),
+    "none": partial(linear, reduction="none"),
+    "any loss": lambda z, y: FUSED(z, jnp.ones((10, 128)), y),
+    "any loss, none": lambda z, y: FUSED_NONE(z, jnp.ones((10, 128)), y),
+    "made anew": lambda z, y: jaxce.fused_linear(integer_loss)(z, jnp.ones((10, 128)), y),
+}
+
+
+@pytest.mark.parametrize("loss", EAGER.values(), ids=EAGER)
+def test_calls_outside_jit_do_not_compile_again(loss, caplog):
     logits, others, labels = jnp.ones((8, 10)), jnp.zeros((8, 10)), jnp.zeros(8, jnp.int32)
-    jax.block_until_ready(gradient_of(integer_loss)(logits, labels))
+
+    def run(z):
+        def slope(z):
+            return jax.jvp(lambda z: loss(z, labels).sum(), (z,), (others,))[1]
+
+        jax.block_until_ready((gradient_of(loss)(z, labels), slope(z), jax.vmap(loss)(z[None], labels[None])))
+
+    run(logits)
+    run(logits)  # JAX loads some of its modules when it first compiles a loop, and compiles what was there before again
     with jax.log_compiles(), caplog.at_level("WARNING"):
-        jax.block_until_ready(gradient_of(integer_loss)(others, labels))
+        run(others)
     assert not [r.message for r in caplog.records if "Finished XLA compilation" in r.message]
+
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("loss", [*EAGER.values(), None], ids=[*EAGER, "closed over"])
+def test_arrays_are_not_kept(loss, jitted):
+    """Neither arguments nor what a loss closes over, once both are gone."""
+
+    def call(i):
+        z, y = jnp.full((8, 10), i), jnp.zeros(8, jnp.int32) + jnp.int32(i)
+        f = loss or (lambda z, y: closing_over(jnp.full(128, i))(z, jnp.ones((10, 128)), y))
+        f = gradient_of(f)
+        jax.block_until_ready((jax.jit(f) if jitted else f)(z, y))
+
+    call(0.0)
+    gc.collect()
+    before = len(jax.live_arrays())
+    for i in range(1, 4):
+        call(float(i))
+    gc.collect()
+    assert len(jax.live_arrays()) <= before
+
+
+@pytest.mark.parametrize("loss", EAGER.values(), ids=EAGER)
+def test_no_tracer_leaks(loss):
+    with jax.checking_leaks():
+        jax.block_until_ready(gradient_of(loss)(jnp.ones((8, 10)), jnp.zeros(8, jnp.int32)))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,20 +1,23 @@
 """Heads, x @ w, as compiled: only the matmuls that are needed, and memory of a few blocks."""
 
 import re
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxce import linear_cross_entropy, linear_label_statistics
+from jaxce import fused_linear, linear_cross_entropy, linear_label_statistics
 
 from ..helpers import (
     BF16_LOOPS,
     MIB,
     MODES,
     compiled,
+    dense_loss,
     head,
+    integer_loss,
     matmuls,
     temp_bytes,
     temp_bytes_of,
@@ -124,6 +127,91 @@ def test_memory_is_that_of_a_few_blocks(mode, recompute):
 
     run = loss if mode == "value" else lambda v: MODES[mode](loss, v, v)
     assert temp_bytes(run, (x, w)) <= LIMITS[mode] * BLOCK
+
+
+FORMS_OF_HEADS: dict[str, Callable] = {
+    "rows": partial(linear_cross_entropy, recompute=False, block_size=128),
+    "classes": partial(linear_cross_entropy, recompute=True, block_size=256),
+    "none": partial(linear_cross_entropy, reduction="none", block_size=256),
+    "any loss": fused_linear(integer_loss, block_size=128),
+    "any loss, none": fused_linear(integer_loss, reduction="none", block_size=128),
+}
+
+
+SKIPS = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax 0.10 computes all blocks, see `_matmuls`")
+
+
+@SKIPS
+def test_blocks_without_a_row_that_counts_are_not_computed():
+    x, w, labels = head(1000, 8, 16)
+    kept, computed = jnp.arange(1000) % 10 == 3, []
+
+    def loss(logits, labels):
+        jax.debug.callback(lambda _: computed.append(1), logits[0, 0])
+        return integer_loss(logits, labels)
+
+    def blocks(f, **options):
+        computed.clear()
+        jax.block_until_ready(jax.jit(partial(f, **options))(x, w, labels))
+        jax.effects_barrier()
+        return len(computed)
+
+    f = fused_linear(loss, block_size=20)
+    for run in (f, jax.value_and_grad(f, (0, 1))):  # and one block whose type alone is used
+        assert blocks(run, where=kept) == blocks(run, weights=kept.astype(jnp.float32)) in (6, 7)
+        assert blocks(run, where=~kept) in (46, 47)
+
+
+@SKIPS
+def test_blocks_of_classes_are_of_the_rows_that_count():
+    x, w, labels = head(1600, 8, 256)
+    text = text_of(jax.grad(partial(linear_cross_entropy, ignore_index=3, recompute=True), (0, 1)), x, w, labels)
+    assert {"500,256", "1000,256", "1600,256"} <= set(re.findall(r"f32\[(\d+,256)\]\S* dot\(", text))
+
+
+@by_blocks
+def test_rows_left_out_need_at_most_a_copy_of_x(recompute):
+    x, w, labels = head(4096, 512, 32000)
+    f = jax.value_and_grad(partial(linear_cross_entropy, recompute=recompute), (0, 1))
+    masked = partial(f, ignore_index=3)
+    assert temp_bytes(masked, x, w, labels) <= temp_bytes(f, x, w, labels) + x.nbytes
+
+
+def test_row_arguments_are_not_copied():
+    """Dense teachers are as large as the logits; 1999 rows make uneven blocks."""
+    x, w, _ = head(1999, 32, 4096)
+    teacher, f = jnp.ones((1999, 4096)), jax.value_and_grad(fused_linear(dense_loss, block_size=128), (0, 1))
+    for options in ({}, {"where": jnp.arange(1999) > 3}):
+        assert temp_bytes(partial(f, **options), x, w, teacher) <= 6 * BLOCK
+
+
+@pytest.mark.parametrize("form", FORMS_OF_HEADS)
+def test_a_scan_over_microbatches_needs_no_more_than_the_plain_formula(form):
+    """Blocks of rows finish dw in the forward pass: without a checkpoint the scan would keep one for each step."""
+    x, w, labels = head((16, 128), 256, 2048)
+
+    def plain(x, w, labels):
+        return integer_loss(x @ w, labels).mean()
+
+    f = FORMS_OF_HEADS[form]
+    f = jax.checkpoint(f) if form in ("rows", "any loss") else f
+
+    def total(w, f):
+        return jax.lax.scan(lambda c, b: (c + f(b[0], w, b[1]).sum(), None), 0.0, (x, labels))[0]
+
+    assert temp_bytes(jax.grad(partial(total, f=f)), w) <= temp_bytes(jax.grad(partial(total, f=plain)), w)
+
+
+@pytest.mark.parametrize("policy", ["dots_saveable", "everything_saveable", "dots_with_no_batch_dims_saveable"])
+@pytest.mark.parametrize("form", FORMS_OF_HEADS)
+def test_a_checkpoint_policy_sees_no_matmul_of_a_block(form, policy):
+    x, w, labels = head(2048, 32, 4096)
+    policy = getattr(jax.checkpoint_policies, policy)
+
+    def total(x, w):
+        return FORMS_OF_HEADS[form](x, w, labels).sum()
+
+    assert temp_bytes(jax.grad(jax.checkpoint(total, policy=policy), (0, 1)), x, w) <= 2.7 * BLOCK
 
 
 def test_gradient_of_a_jvp_by_rows_saves_no_more_than_its_arguments():

@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxce import fused_linear, linear_cross_entropy, softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
+from jaxce import (
+    LabelStatistics,
+    fused_linear,
+    label_statistics,
+    linear_cross_entropy,
+    softmax_cross_entropy,
+    softmax_cross_entropy_with_integer_labels,
+)
 
 from ..helpers import assert_all_close, assert_close, head, logits, random_labels
 
@@ -153,3 +160,28 @@ def test_4_bit_integers_as_labels_and_row_arguments():
         for fused in (fused_linear(loss, block_size=8), linear_cross_entropy, by_classes):
             fused_few, materialized = (lambda x, w, f=fused, y=few: f(x, w, y)), (lambda x, w: loss(x @ w, y).mean())
             assert_same(fused_few, materialized, logits(N, D), logits(D, 7))
+
+
+def test_several_numbers_of_each_row():
+    """A pytree: what is floating is differentiated, each with its own cotangent, and the rest returned."""
+    y, weights = labels(2, 11), jnp.linspace(0.5, 2, 22).reshape(2, 11)
+    f = fused_linear(lambda z, y: {"all": label_statistics(z, y), "best": z.argmax(-1)}, reduction="none", block_size=8)
+
+    def objective(numbers):
+        stats = numbers["all"]
+        return (jnp.sin(stats.log_prob) * stats.entropy + stats.log_normalizer**2).sum(), numbers
+
+    def fused(x, w):
+        return objective(f(x, w, y, weights=weights))
+
+    def materialized(x, w):
+        z = x @ w
+        stats = label_statistics(z, y)
+        log_prob, log_normalizer, entropy = (weights * a for a in stats[:3])
+        stats = LabelStatistics(log_prob, log_normalizer, entropy, stats.correct)
+        return objective({"all": stats, "best": z.argmax(-1)})
+
+    point = logits(2, 11, D), logits(D, K, seed=1)
+    got, wanted = (jax.jit(jax.value_and_grad(g, (0, 1), has_aux=True))(*point) for g in (fused, materialized))
+    assert_all_close(got, wanted, tolerance=3e-6)
+    assert got[0][1]["all"].correct.dtype == bool and isinstance(got[0][1]["all"], LabelStatistics)

@@ -39,6 +39,15 @@ def scan_over_x(f, v, s):
     return jax.grad(total)(v[1])
 
 
+def sum_of_vmap(f):
+    """Over two axes of x: the head takes both as rows, if nothing else is mapped."""
+
+    def summed(v):
+        return jax.vmap(jax.vmap(lambda x: f((x, *v[1:]))))(two_of(two_of(v[0]))).sum()
+
+    return summed
+
+
 # Of a function of (x, w, bias, …) to a number.
 LINEAR_MODES: dict[str, Mode] = {
     name: MODES[name] for name in ("value_and_grad", "jvp", "jvp of grad", "grad of jvp", "grad of grad")
@@ -47,6 +56,8 @@ LINEAR_MODES: dict[str, Mode] = {
     "hessian of bias": lambda f, v, s: jax.hessian(lambda bias: f((*v[:2], bias, *v[3:])))(v[2]),
     "vmap over x": over(0),
     "vmap over heads": over(1),
+    "grad of vmap": lambda f, v, s: jax.grad(sum_of_vmap(f))(v),
+    "jvp of grad of vmap": lambda f, v, s: jax.jvp(jax.grad(sum_of_vmap(f)), (v,), (s,)),
     "grad of checkpoint": lambda f, v, s: jax.grad(jax.checkpoint(f))(v),
     "scan over x": scan_over_x,
 }
@@ -90,28 +101,31 @@ def any_loss(logits, labels, scale, *, shift, center):
 BLOCKED: dict[str, dict[str, Any]] = {
     "rows, mean": {"reduction": "mean", "recompute": False, "class_axis": -1, "block_size": 3},
     "classes, mean": {"reduction": "mean", "recompute": True, "class_axis": 0, "block_size": 128},
+    "classes, 18 rows": {"reduction": "mean", "recompute": True, "class_axis": -1, "block_size": 128},
     "classes, none": {"reduction": "none", "recompute": True, "class_axis": -1, "block_size": 128},
 }
 # By default nearly every mode by blocks of classes, in either reduction. Any loss, below, has every mode by rows.
-QUICK_NONE = ("jvp", "grad of jvp", "scan over x", "vmap over x")
-QUICK = {("rows, mean", m) for m in ("value_and_grad", "jvp", "jvp of grad", "grad of grad", "vmap over x")}
+QUICK_NONE = ("jvp", "grad of jvp", "scan over x", "vmap over x", "grad of vmap")
+QUICK_MEAN = ("value_and_grad", "jvp", "jvp of grad", "grad of grad", "vmap over x", "grad of vmap")
+QUICK = {("rows, mean", m) for m in QUICK_MEAN}
 QUICK |= {("classes, none", m) for m in QUICK_NONE}
+QUICK |= {("classes, 18 rows", "jvp of grad")}
 QUICK |= {
     ("classes, mean", m)
-    for m in ("value_and_grad", "jvp of grad", "grad of grad", "vmap over heads", "grad of checkpoint")
+    for m in ("value_and_grad", "jvp of grad", "grad of grad", "vmap over heads", "grad of vmap", "grad of checkpoint")
 }
 
 
 @pytest.mark.parametrize("blocked, mode", cases(BLOCKED, LINEAR_MODES, quick=QUICK))
 def test_cross_entropy_in_every_mode(blocked, mode):
     """With every option, of which all that are arrays or numbers are differentiated too."""
-    options, rng = BLOCKED[blocked], np.random.default_rng(1)
-    x, w, labels = head(5, 3, 130, "float64")
-    labels = labels.at[:3].set(jnp.array([IGNORED, 129, 128], jnp.int32))
-    assert MASK[labels[1:]].all()
-    others = [rng.uniform(0.5, 1, shape) for shape in ((130,), (5,), (130,))] + [2.0, 0.1, 0.01]
+    options, rng, rows = BLOCKED[blocked], np.random.default_rng(1), 18 if "18" in blocked else 5
+    x, w, labels = head(rows, 3, 130, "float64")
+    labels = labels.at[:3].set(jnp.array([IGNORED, 129, 128], jnp.int32)).at[5:].set(IGNORED)
+    assert MASK[labels[1:5]].all()
+    others = [rng.uniform(0.5, 1, shape) for shape in ((130,), (rows,), (130,))] + [2.0, 0.1, 0.01]
     point = tuple(jnp.asarray(v) for v in (x, w, *others))
-    combine = jnp.asarray(rng.standard_normal(5))
+    combine = jnp.asarray(rng.standard_normal(rows))
     naive = partial(all_options, labels=labels, reduction=options["reduction"])
     ours = partial(ours_all_options, labels=labels, **options)
 

@@ -103,6 +103,14 @@ def wrong(argument: Any) -> Any:
         (ValueError, "result of loss_fn is tuple", lambda: fused_linear(lambda z: (z[:, 0],) * 3, has_aux=True)(X, W)),
         (ValueError, r"row_args is of shape \(3,\)", lambda: fused_linear(lambda z, y: z[:, 0])(X, W, Y[:3])),
         (ValueError, r"result of loss_fn is float32\[\]", lambda: fused_linear(lambda z: z.sum())(X, W)),
+        (TypeError, "where is of dtype", lambda: linear_cross_entropy(X, W, Y, where=Y)),
+        (ValueError, r"where is of shape \(3,\)", lambda: linear_cross_entropy(X, W, Y, where=Y[:3] > 0)),
+        (ValueError, r"where is of shape \(4, 5\)", lambda: fused_linear(lambda z: z[:, 0])(X, W, where=X @ W > 0)),
+        (
+            ValueError,
+            r"result of loss_fn is float32\[4\], float32\[4, 5\]",
+            lambda: fused_linear(lambda z: (z[:, 0], z), reduction="none")(X, W),
+        ),
         (ValueError, "aux of loss_fn", lambda: fused_linear(lambda z: (z[:, 0], z.sum()), has_aux=True)(X, W)),
     ],
 )

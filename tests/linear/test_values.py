@@ -15,7 +15,16 @@ from jaxce import (
     softmax_cross_entropy_with_top_k_labels,
 )
 
-from ..helpers import assert_all_close, assert_close, cases, head, logits, option_values, probabilities
+from ..helpers import (
+    assert_all_close,
+    assert_close,
+    cases,
+    head,
+    integer_loss,
+    logits,
+    option_values,
+    probabilities,
+)
 from .test_differentiation import LINEAR_MODES
 
 IGNORED = -100
@@ -153,16 +162,38 @@ def test_nothing_to_average_is_zero(recompute, rows):
         assert all((np.asarray(a) == 0).all() for a in jax.tree.leaves(got))
 
 
-@by_blocks
-def test_ignored_rows_are_as_if_left_out_whatever_they_hold(recompute):
-    x, w, labels = head(9, 3, 5)
-    kept = jnp.arange(9) % 3 != 1
-    x, labels = jnp.where(kept[:, None], x, jnp.nan), jnp.where(kept, labels, IGNORED)
-    loss = partial(linear_cross_entropy, ignore_index=IGNORED, recompute=recompute)
-    got, (dx, dw) = jax.jit(jax.value_and_grad(loss, (0, 1)))(x, w, labels)
-    wanted, (wanted_dx, wanted_dw) = truth(x[kept], w, labels[kept])
-    assert_all_close((got, dx[kept], dw), (wanted, wanted_dx, wanted_dw))
-    assert (np.asarray(dx[~kept]) == 0).all()
+HEADS: dict[str, Any] = {
+    "rows": partial(linear_cross_entropy, block_size=4, recompute=False),
+    "classes": partial(linear_cross_entropy, block_size=128, recompute=True),
+    "none": lambda *a, **k: linear_cross_entropy(*a, reduction="none", **k).sum() / float(KEPT.sum()),
+    "any loss": lambda *a, **k: fused_linear(integer_loss, block_size=4)(*a, **k),
+    "any loss, none": lambda *a, **k: (
+        fused_linear(integer_loss, reduction="none", block_size=4)(*a, **k).sum() / float(KEPT.sum())
+    ),
+}
+KEPT = np.arange(38).reshape(2, 19) % 3 == 1
+LEFT_OUT: dict[str, Any] = {
+    "ignore_index": lambda labels: {"ignore_index": IGNORED},
+    "where": lambda labels: {"where": jnp.asarray(KEPT)},
+    "weight 0": lambda labels: {"weights": jnp.where(KEPT, 1.0, 0.0)},
+    "NaN weight": lambda labels: {"where": jnp.asarray(KEPT), "weights": jnp.where(KEPT, 1.0, jnp.nan)},
+    "all": lambda labels: {"where": jnp.zeros(KEPT.shape, bool)},
+}
+LEFT_OUT_CASES = [(h, o) for h in HEADS for o in LEFT_OUT if "any" not in h or o != "ignore_index"]
+
+
+@pytest.mark.parametrize("head_, left_out", LEFT_OUT_CASES)
+def test_rows_that_do_not_count_are_as_if_left_out_whatever_they_hold(head_, left_out):
+    x, w, labels = head((2, 19), 3, 5)
+    x, labels = jnp.where(KEPT[..., None], x, jnp.nan), jnp.where(KEPT, labels, IGNORED)
+    f, options = HEADS[head_], LEFT_OUT[left_out](labels)
+    got, (dx, dw) = jax.jit(jax.value_and_grad(lambda x, w: f(x, w, labels, **options), (0, 1)))(x, w)
+    if left_out == "all":
+        assert all((np.asarray(a) == 0).all() for a in (got, dx, dw))
+        return
+    wanted, (wanted_dx, wanted_dw) = truth(x[KEPT], w, labels[KEPT])
+    assert_all_close((got, dx[KEPT], dw), (wanted, wanted_dx, wanted_dw))
+    assert (np.asarray(dx[~KEPT]) == 0).all()
 
 
 @by_blocks
@@ -287,6 +318,37 @@ def test_aux_is_returned_per_row_and_not_differentiated(reduction):
     assert_all_close(dx.reshape(12, 3), wanted)
     rates = jax.jit(lambda *point: jax.jvp(summed, point, point)[1])(x.reshape(2, 6, 3), w)
     assert (np.asarray(rates[1]["logits"]) == 0).all()
+
+
+@pytest.mark.parametrize("form", ["rows", "classes", "none", "any loss"])
+def test_a_loss_scale_reaches_float16_gradients(form):
+    """A mean over 2²⁰ tokens: of the unscaled gradients float16 has no digits."""
+    total, loss_scale = 2.0**20, 2.0**15
+    x, w, labels = head(64, 16, 200, jnp.float16)
+    fused = fused_linear(lambda z, y, t: integer_loss(t[:, None].astype(z.dtype) * z, y))
+
+    def loss(x, w, t):
+        if form == "any loss":
+            return loss_scale * fused(x, w, labels, t, normalizer=total)
+        if form == "none":
+            return loss_scale * (linear_cross_entropy(x, w, labels, reduction="none").sum() / total)
+        return loss_scale * linear_cross_entropy(x, w, labels, normalizer=total, recompute=form == "classes")
+
+    t = jnp.ones(64, jnp.float16)
+    got = jax.jit(jax.grad(loss, (0, 1, 2)))(x, w, t)
+    _, wanted = truth(x, w, labels, np.full(64, loss_scale / total))
+    assert_all_close(got[:2], wanted, tolerance=1e-3)
+    if form == "any loss":
+        (wanted,) = jax.grad(
+            lambda t: loss_scale / total * integer_loss(t[:, None] * (x @ w).astype(t.dtype), labels).sum(), (0,)
+        )(t.astype(jnp.float32))
+        assert_all_close(got[2], wanted, tolerance=4e-3)
+
+
+def test_sums_of_float16_gradients_do_not_overflow():
+    x, w = jnp.ones((2**18, 1), jnp.float16), jnp.zeros((1, 2), jnp.float16)
+    loss = partial(linear_cross_entropy, labels=jnp.zeros(2**18, jnp.int32), recompute=False)
+    assert_all_close(jax.jit(jax.grad(loss, 1))(x, w), jnp.array([[-0.5, 0.5]]), tolerance=1e-3)
 
 
 def test_integer_arrays_may_be_closed_over_anywhere():
