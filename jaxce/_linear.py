@@ -118,6 +118,20 @@ def fused_linear(
     return fused
 
 
+@functools.cache
+def _compiled(f: Callable[..., Any], static: int):
+    return jax.jit(f, static_argnums=range(static), inline=True)
+
+
+def compiled_once(f: Callable[..., Any], static: int, shards: ClassShards) -> Callable[..., Any]:
+    """`f`, whose first arguments are static, for eager calls.
+
+    With an axis_name it stays as it is: of a jit in `jax.vmap(axis_name=...)`, JAX's derivatives fail where results are
+    the same on all shards. Test: test_is_the_naive_formula_in_every_world, vmap.
+    """
+    return _compiled(f, static) if shards.axis_name is None else f
+
+
 @functools.lru_cache(maxsize=64)
 def _compiled_by_rows(*static):
     return jax.jit(functools.partial(_by_rows, *static), static_argnums=(0, 1), inline=True)
@@ -251,12 +265,12 @@ def linear_cross_entropy(
     scale = _row_scale(reduction, weights, normalizer, rows, layer)
     if recompute is None:
         recompute = reduction == "none" or (w.dtype.itemsize < layer.sum_dtype.itemsize and layer.devices == 1)
-    loss_of = functools.partial(_loss_of, layer, shards, recompute, reduction, block_size, row_parts(x))
+    loss_of = compiled_once(_loss_of, 6, shards)
+    loss_of = functools.partial(loss_of, layer, shards, recompute, reduction, block_size, row_parts(x))
     axes = len(rows) if reduction == "none" else 0
     return in_auto(loss_of, x, axes, x, w, bias, (selection, targets, listed), scale, options)
 
 
-@functools.partial(jax.jit, static_argnums=range(6), inline=True)  # eager calls compile once
 def _loss_of(layer: Layer, shards, by_classes, reduction, block_size, parts, x, w, bias, labelled, scale, options):
     """Each loss times `scale`, or their sum. The loss is ordinary JAX of the rows' numbers."""
     everything = x, w, bias, labelled, scale, options

@@ -3,14 +3,13 @@
 import functools
 from typing import SupportsIndex
 
-import jax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from . import _checks
 from ._checks import Arrays
 from ._class_blocks import class_blocked_rows
-from ._linear import check_options, selected
+from ._linear import check_options, compiled_once, selected
 from ._losses import LabelStatistics, statistics_of
 from ._matmuls import Inputs, Layer
 from ._options import Options, Selection, Values
@@ -74,11 +73,10 @@ def linear_label_statistics(
     options = Options.of(function, layer.sum_dtype, x.ndim, shards, dict(logit_cap=logit_cap))
     selection, _ = selected(function, labels.shape, labels, class_mask, ignore_index, where, None, shards)
     axes = LabelStatistics._make([labels.ndim] * 4)
-    statistics = functools.partial(_statistics, layer, shards, block_size)
+    statistics = functools.partial(compiled_once(_statistics, 3, shards), layer, shards, block_size)
     return in_auto(statistics, x, axes, x, w, bias, selection, options.logit_cap)
 
 
-@functools.partial(jax.jit, static_argnums=range(3), inline=True)  # eager calls compile once
 def _statistics(layer: Layer, shards, block_size, x: Array, w, bias, selection: Selection, cap) -> LabelStatistics:
     everything = x, w, bias, selection, cap
     x, w, bias, selection, cap = varying_over(mesh_axes(everything) - mesh_axes(shards.first()), everything)

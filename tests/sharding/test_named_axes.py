@@ -145,6 +145,14 @@ FORMS = {  # ours, and the naive formula
         lambda v: head_loss(v, weights=v["weights"], reduction="none"),
         lambda v: naive_head(v, lambda losses, weights: weights * losses),
     ),
+    "statistics of a head": (
+        lambda v: jnp.stack(
+            jaxce.linear_label_statistics(
+                v["x"], v["w"], LABELS, bias=v["bias"], logit_cap=v["logit_cap"], axis_name="classes"
+            )[:3]
+        ),
+        lambda v: naive(v["x"] @ v["w"] + v["bias"][None], v)["statistics"],
+    ),
     "any loss, sum": (
         lambda v: any_loss(v, "sum", naive_loss=True),
         lambda v: naive_head(v, lambda losses, factor: (factor * losses).sum()),
@@ -174,6 +182,8 @@ def point(form: str) -> dict[str, jax.Array]:
         shared, own = {name: shared[name] for name in ("logit_cap", "z_loss", "shares")}, {"z": own["z"]}
     if form == "statistics":
         shared, own = {"logit_cap": shared["logit_cap"]}, {"z": own["z"]}
+    if form == "statistics of a head":
+        shared, own = {name: shared[name] for name in ("logit_cap", "x")}, {name: own[name] for name in ("w", "bias")}
     shared = {name: np.stack([value] * SHARDS) for name, value in shared.items()}
     return jax.tree.map(jnp.asarray, {name: np.stack(value) for name, value in own.items()} | shared)
 
@@ -184,6 +194,7 @@ UNUSED = {"label_smoothing": 0.0, "z_loss": 0.0, "class_weights": jnp.ones(K)}
 QUICK = {(w, form, place, mode) for w in WORLDS for form in FORMS for place in PLACES for mode in ("vjp",)}
 QUICK -= {("pmap", form, "inside", "vjp") for form in FORMS}  # as in unchecked shard_map, of which pmap is made
 QUICK |= {("unchecked shard_map", form, "inside", "jvp") for form in FORMS}
+QUICK -= {(w, "statistics of a head", place, "vjp") for w in WORLDS if w != "vmap" for place in PLACES}
 
 
 @pytest.mark.parametrize("world, form, place, mode", cases(WORLDS, FORMS, PLACES, IN_MODES, quick=QUICK))
