@@ -107,6 +107,7 @@ def _on_rows_that_count(layer: Layer, run, inputs: Inputs, selection: Selection,
             rows = inputs.x, selection.labels, selection.class_ids, *by_row
             slices, take = blocks.cut(rows, selection.row_mask)
             (x, labels, class_ids, *rows), new = take(jax.tree.map(lambda a: a[0], slices))
+            x = jnp.where(new[:, None], x, 0)  # what stands in may be masked itself, if no row counts
             if rows:
                 rows[-1] = jax.tree.map(lambda a: jnp.where(jnp.expand_dims(new, range(1, a.ndim)), a, 0), rows[-1])
             others, class_mask = jax.tree.map(lambda a: a.reshape(a.shape[-2:]), (inputs.others, selection.class_mask))

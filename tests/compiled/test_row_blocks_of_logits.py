@@ -40,6 +40,7 @@ def rows_per_block(logits):
 @pytest.fixture
 def blocks(monkeypatch, one_device):
     """Each row is a block, in the gradient of labels alone too; afterwards, that blocks were used is checked."""
+    jax.clear_caches()
     used, run = [], getattr(*IN_ROW_BLOCKS)
     monkeypatch.setattr(*SMALL, 0)
     monkeypatch.setattr(*BLOCK, 0)
@@ -76,7 +77,10 @@ class TestInBlocks:
     test_nan_stays_in_its_row = staticmethod(test_edges.test_row_without_a_finite_maximum_is_nan)
     test_equal_logits = staticmethod(test_accuracy.test_largest_and_equal_logits)
     test_statistics = staticmethod(test_statistics.test_masks_and_ignored_rows)
-    test_no_compilation = staticmethod(test_compilations.test_calls_outside_jit_do_not_compile_again)
+
+    @pytest.mark.parametrize("form", ["integer", "cap", "dense", "statistics"])
+    def test_no_compilation(self, form, caplog):
+        test_compilations.test_calls_outside_jit_do_not_compile_again(test_compilations.EAGER[form], caplog)
 
 
 @in_blocks
