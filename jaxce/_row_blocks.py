@@ -262,7 +262,7 @@ def sweep(layer: Layer, plans: dict, inputs: Inputs, g: Any = None, perturbed: A
 def _sweep(layer: Layer, plan: tuple[RowBlocks, Callable], perturbed: Any, inputs: Inputs, g: Any):
     blocks, block_loss = plan
     rows, _, row_mask = inputs.others
-    inputs = inputs._replace(w=gathered(inputs.w.astype(layer.operand_dtype), 1 - layer.class_axis))
+    given, inputs = inputs, inputs._replace(w=gathered(inputs.w.astype(layer.operand_dtype), 1 - layer.class_axis))
     parts = blocks.part_axes
     for _ in parts:
         block_loss = jax.vmap(block_loss, (None, *[0] * (1 + len(rows))))
@@ -283,7 +283,7 @@ def _sweep(layer: Layer, plan: tuple[RowBlocks, Callable], perturbed: Any, input
     def added(total, a):  # over the parts
         return None if total is None else total.sum(range(len(apart))).astype(_sum_dtype(layer, a))
 
-    return (losses, Inputs(dx, added(dw, inputs.w), added(dbias, inputs.bias), (drows, dconsts, None))), aux
+    return (losses, Inputs(dx, added(dw, given.w), added(dbias, given.bias), (drows, dconsts, None))), aux
 
 
 def _losses(layer: Layer, block_loss, inputs: Inputs, slices, take):

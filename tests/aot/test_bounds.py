@@ -6,6 +6,7 @@ Time is that of the roofline, in units of three bare matmuls at peak. Passes are
 import functools
 from typing import NamedTuple
 
+import jax
 import pytest
 
 from .measure import Measured, measure
@@ -20,7 +21,8 @@ MIB = 2**20
 @functools.cache
 def found(problem: str, contender: str, target: str) -> Measured:
     case = case_of(problem)[contender]
-    return measure(case.function, case.arguments, target)
+    with jax.numpy_dtype_promotion("standard"):  # not the strict one of our tests: peers promote
+        return measure(case.function, case.arguments, target)
 
 
 @functools.cache
@@ -46,7 +48,7 @@ BOUNDS = {
     ("jaxce, recompute=False", "H100"): Bound(1.25, 120, 2400),
     ("jaxce, recompute=False", "TPU v5e"): Bound(1.10, 200, 3100),
     ("jaxce, statistics", "H100"): Bound(1.6, 1200, 192),
-    ("jaxce, statistics", "TPU v5e"): Bound(1.4, 2500, 264),
+    ("jaxce, statistics", "TPU v5e"): Bound(1.4, 2600, 264),
     ("jaxce, float32 w", "H100"): Bound(1.25, 120, 1900),
     ("jaxce, float32 w", "TPU v5e"): Bound(1.10, 200, 1514),
     ("jaxce, float32 w, recompute=True", "H100"): Bound(1.62, 1200, 192),

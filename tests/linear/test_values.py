@@ -131,6 +131,7 @@ def test_float32_parameters_with_bfloat16_matmuls(recompute):
     assert {g.dtype for g in grads} == {jnp.dtype("float32")}
     assert_close(got, wanted, "float32", tolerance=1e-5)
     assert_all_close(grads, wanted_grads, tolerance=1 / 256)
+    assert (grads[1].astype(jnp.bfloat16).astype(jnp.float32) != grads[1]).any()  # summed in float32, and never rounded
 
 
 @by_blocks
