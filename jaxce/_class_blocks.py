@@ -137,7 +137,7 @@ def _block(layer: Layer, shards: ClassShards, inputs: Inputs, selection: Selecti
     z = layer.logits(inputs.x, w, take(inputs.bias))
     ids = jnp.expand_dims(layer.take(shards.ids(), start, size), range(z.ndim - 1))
     values = jax.tree.map(take, inputs.others)._replace(logits=z)
-    selection = selection._replace(class_mask=take(selection.class_mask))
+    selection = selection._replace(class_mask=take(selection.class_mask), in_block=())
     if selection.class_ids is not None:
         part, place = jnp.divmod(selection.class_ids, layer.classes // layer.parts)
         here = (place >= start) & (place < start + size)

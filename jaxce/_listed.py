@@ -4,8 +4,10 @@
 
 Comparing each logit with each id needs no array, but takes longer than the pass it is in. So the mask of listed classes
 is kept as bits, 1/32 of float32 logits, and their gradients are scattered into that of the others, in place. XLA for
-TPUs scatters into a copy: there we compare.
-Test: test_a_loss_of_logits_reads_them_twice_and_writes_its_gradient, top-k labels.
+TPUs scatters into a copy: there we compare. But not in blocks of classes, whose copy is small: of less than 2048
+features XLA would make an array of the block's size for each id (4 GiB, and 50 times the matmuls' time).
+Test: test_a_loss_of_logits_reads_them_twice_and_writes_its_gradient, top-k labels;
+test_top_k_labels_of_a_head_take_little_more.
 """
 
 import jax.numpy as jnp
@@ -21,18 +23,18 @@ def is_here(class_ids: Array, classes: int) -> Array:
     return (class_ids >= 0) & (class_ids < classes)
 
 
-def is_listed(class_ids: Array, logits: Array) -> Array:
-    """Whether each class of these logits is listed: [..., K]."""
+def is_listed(class_ids: Array, logits: Array, in_block: bool) -> Array:
+    """Whether each class of these logits is listed: [..., K]. `in_block`: they are a block of classes."""
     classes, parts = logits.shape[-1], parts_of(logits, logits.ndim - 1)
-    if class_ids.shape[-1] > MOST_COMPARED:
+    if in_block or class_ids.shape[-1] > MOST_COMPARED:
         return _by_bits(class_ids, classes, parts)
     compared, by_bits = (lambda ids: _chosen(ids, classes, None)), (lambda ids: _by_bits(ids, classes, parts))
     return selected_by_platform("tpu", compared, by_bits, class_ids)
 
 
-def added_at(gradient: Array, class_ids: Array, update: Array) -> Array:
+def added_at(gradient: Array, class_ids: Array, update: Array, in_block: bool) -> Array:
     """`gradient` [..., K], which is 0 at the listed classes, with `update` [..., M] there. The sum with 0 is exact."""
-    if class_ids.shape[-1] > MOST_COMPARED:
+    if in_block or class_ids.shape[-1] > MOST_COMPARED:
         return _scattered(gradient, class_ids, update)
     args = gradient, class_ids, update.astype(gradient.dtype)
     return selected_by_platform("tpu", lambda g, ids, u: g + _chosen(ids, g.shape[-1], u), _scattered, *args)

@@ -40,6 +40,7 @@ class Selection(NamedTuple):
     class_mask: Any = None  # bool, broadcast against the logits; every row that counts has an unmasked class
     row_mask: Any = None  # [...] bool, the rows that count
     class_ids: Any = None  # [..., M] as in `_listed`: classes of this shard that are listed, and left out of the sums
+    in_block: tuple[()] | None = None  # () for a block of classes
 
     @property
     def mask(self) -> Array | None:
@@ -100,7 +101,7 @@ def prepared(values: Values, selection: Selection) -> tuple[Array, Array | None]
     before anything is computed from it, or a NaN there would reach the gradients of the options.
     """
     if selection.class_ids is not None:
-        others = ~is_listed(selection.class_ids, values.logits)
+        others = ~is_listed(selection.class_ids, values.logits, selection.in_block is not None)
         mask = others if selection.class_mask is None else others & selection.class_mask
         selection = Selection(None, mask, selection.row_mask)
     mask, class_mask, row_mask = selection.mask, selection.class_mask, selection.row_mask
@@ -136,7 +137,7 @@ def prepared_vjp(values: Values, selection: Selection) -> tuple[tuple[Array, Arr
     (z, t), vjp = jax.vjp(alike, values)
     if selection.class_ids is None:
         return (z, t), vjp
-    listed = is_listed(selection.class_ids, values.logits)
+    listed = is_listed(selection.class_ids, values.logits, selection.in_block is not None)
     return (z, t), lambda cotangents: vjp(jax.tree.map(lambda a: jnp.where(listed, 0, a), cotangents))
 
 
@@ -156,7 +157,7 @@ def listed_vjp(values: Values, selection: Selection) -> tuple[Array, Callable[[V
 
     def added(dvalues, g):
         dlisted, dcap = vjp(g)
-        logits = added_at(dvalues.logits, selection.class_ids, dlisted)
+        logits = added_at(dvalues.logits, selection.class_ids, dlisted, selection.in_block is not None)
         return dvalues._replace(logits=logits, logit_cap=None if dcap is None else dvalues.logit_cap + dcap)
 
     return z, added

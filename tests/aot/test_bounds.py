@@ -65,11 +65,15 @@ def test_a_language_model_s_head_takes_little_more_than_its_matmuls(contender, t
     assert all(a <= b for a, b in zip(took, bound, strict=True)), took
 
 
+TOP_K_TIMES = {("H100", 1024): 2.6, ("H100", 4096): 1.75, ("TPU v5e", 1024): 1.55, ("TPU v5e", 4096): 1.5}
+
+
 @targets
-def test_top_k_labels_of_a_head_take_little_more(target):
-    x, w, _ = head(*HEADS[FIRST])
+@pytest.mark.parametrize("features", [1024, pytest.param(4096, marks=slow)])
+def test_top_k_labels_of_a_head_take_little_more(features, target):
+    x, w, _ = head(features, HEADS[FIRST][1])
     took = measure(gradients(top_k_of_a_head), (x, w, *top_k()), target)
-    assert took.time <= (1.75 if target == "H100" else 1.5), took.time
+    assert took.time <= TOP_K_TIMES[target, features], took.time
     assert took.temp_mib <= (192 if target == "H100" else 290), took.temp_mib
 
 
