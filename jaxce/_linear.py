@@ -257,21 +257,23 @@ def linear_cross_entropy(
     given = dict(label_smoothing=label_smoothing, class_weights=class_weights, logit_cap=logit_cap, z_loss=z_loss)
     shards = ClassShards(layer.classes, _checks.mesh_axis(function, axis_name))
     options = Options.of(function, layer.sum_dtype, x.ndim, shards, given)
-    selection, targets, listed, weights = _labelled(
+    labelled, weights, skips = _labelled(
         function, layer, rows, labels, tail, ignore_index, class_mask, where, weights, options, shards
     )
     if reduction == "mean" and normalizer is None:
-        normalizer = _mean_divisor(layer, rows, options, weights, selection, shards)
+        normalizer = _mean_divisor(layer, rows, options, weights, labelled[0], shards)
     scale = _row_scale(reduction, weights, normalizer, rows, layer)
     if recompute is None:
         recompute = reduction == "none" or (w.dtype.itemsize < layer.sum_dtype.itemsize and layer.devices == 1)
-    loss_of = compiled_once(_loss_of, 6, shards)
-    loss_of = functools.partial(loss_of, layer, shards, recompute, reduction, block_size, row_parts(x))
+    loss_of = compiled_once(_loss_of, 7, shards)
+    loss_of = functools.partial(loss_of, layer, shards, recompute, skips, reduction, block_size, row_parts(x))
     axes = len(rows) if reduction == "none" else 0
-    return in_auto(loss_of, x, axes, x, w, bias, (selection, targets, listed), scale, options)
+    return in_auto(loss_of, x, axes, x, w, bias, labelled, scale, options)
 
 
-def _loss_of(layer: Layer, shards, by_classes, reduction, block_size, parts, x, w, bias, labelled, scale, options):
+def _loss_of(
+    layer: Layer, shards, by_classes, skips, reduction, block_size, parts, x, w, bias, labelled, scale, options
+):
     """Each loss times `scale`, or their sum. The loss is ordinary JAX of the rows' numbers."""
     everything = x, w, bias, labelled, scale, options
     axes = mesh_axes(everything) - mesh_axes(shards.first())
@@ -288,15 +290,16 @@ def _loss_of(layer: Layer, shards, by_classes, reduction, block_size, parts, x, 
         values = values_of(logits, logits.ndim, selection, targets)
         return loss_of_rows(*row_statistics(values, selection, shards), listed, options, selection, shards)
 
+    x, of_blocks = for_blocks(x, selection, skips)
     if not by_classes:  # blocks [B, K]
         per_class = options.class_weights, selection.class_mask
         class_weights, class_mask = jax.tree.map(lambda a: a.reshape(1, -1), per_class)
         options = options._replace(class_weights=class_weights)
-        rows = selection._replace(class_mask=None, row_mask=None), targets, listed
+        rows = selection._replace(class_mask=None, row_mask=None if skips else selection.row_mask), targets, listed
         by_rows = functools.partial(_by_rows, loss_of_block, False, reduction, block_size, layer, parts)
-        return by_rows(x, w, bias, rows, selection.row_mask, scale)[0]
+        return by_rows(x, w, bias, rows, of_blocks.row_mask, scale)[0]
     inputs = Inputs(x, w, bias, values_of(None, x.ndim, selection, targets))
-    found = class_blocked_rows(layer, inputs, selection, block_size, shards)
+    found = class_blocked_rows(layer, inputs, of_blocks, block_size, shards)
     loss = loss_of_rows(*found, listed, options, selection, shards)
     loss = loss if scale is None else weighted(scale, loss)
     return loss if reduction == "none" else jnp.sum(loss)
@@ -304,8 +307,8 @@ def _loss_of(layer: Layer, shards, by_classes, reduction, block_size, parts, x, 
 
 def _labelled(
     function, layer: Layer, rows, labels, tail, ignore_index, class_mask, where, weights, options: Options, shards
-) -> tuple[Selection, Array | None, Any, Array | None]:
-    """`Selection`, the targets of dense labels, what `loss_of_rows` takes of listed classes, and the weights."""
+) -> tuple[tuple[Selection, Array | None, Any], Array | None, bool]:
+    """(`Selection`, dense targets, what `loss_of_rows` takes of listed classes); the weights; if blocks are to skip."""
     pair = isinstance(labels, tuple)
     if pair and len(labels) != 2:
         raise _checks.value_error(function, "labels", f"a tuple of {len(labels)}", "(class_ids, targets)")
@@ -315,35 +318,45 @@ def _labelled(
     if not pair and not jnp.issubdtype(getattr(labels, "dtype", jnp.int32), jnp.floating):
         labels = _checks.integer(function, "labels", labels)
         _checks.shape(function, "labels", labels, rows, "one label for each row of x")
-        selection, weights = selected(function, rows, labels, *masks, shards)
-        return selection, None, None, weights
+        selection, weights, skips = selected(function, rows, labels, *masks, shards)
+        return (selection, None, None), weights, skips
     if ignore_index is not None:
         raise _checks.value_error(function, "ignore_index", f"{ignore_index!r}", "None, unless labels are integers")
-    selection, weights = selected(function, rows, None, *masks, shards)
+    selection, weights, skips = selected(function, rows, None, *masks, shards)
     if pair:
         ids, t = top_k_labels(function, labels[0], labels[1], rows)
         selection, listed = listed_classes(ids, t.astype(layer.sum_dtype), tail, options, selection, shards)
-        return selection, None, listed, weights
+        return (selection, None, listed), weights, skips
     targets = _checks.shape(function, "labels", jnp.asarray(labels), (*rows, shards.local), "a target for each class")
     targets = targets.astype(layer.sum_dtype) if targets.dtype == jnp.float64 else targets
-    return selection, targets, None, weights
+    return (selection, targets, None), weights, skips
 
 
 def selected(
     function, rows, labels, class_mask, ignore_index, where, weights, shards
-) -> tuple[Selection, Array | None]:
-    """What takes part of a head's rows and classes, and the weights, 0 for other rows. Without a class, no row does."""
-    kept = []
+) -> tuple[Selection, Array | None, bool]:
+    """What takes part of a head's rows and classes; the weights, 0 for other rows; and if blocks are to skip those.
+
+    Without a class no row takes part, but nothing is skipped: all classes are computed, for results that are masked.
+    """
+    kept = [] if ignore_index is None else [~_labels.ignored(function, labels, ignore_index)]
+    row_mask, weights = _rows_that_count(function, where, weights, kept, rows)
+    skips = row_mask is not None
     if class_mask is not None:
         class_mask = _checks.boolean(function, "class_mask", class_mask)
         _checks.shape(function, "class_mask", class_mask, (shards.local,), "one bool for each class of w")
-        kept.append(jnp.broadcast_to(shards.total(class_mask.any().astype(jnp.int32)) > 0, rows))
-        class_mask = jnp.expand_dims(class_mask, range(len(rows)))
-    if ignore_index is not None:
-        kept.append(~_labels.ignored(function, labels, ignore_index))
-    row_mask, weights = _rows_that_count(function, where, weights, kept, rows)
+        some = shards.total(class_mask.any().astype(jnp.int32)) > 0
+        class_mask = jnp.expand_dims(class_mask | ~some, range(len(rows)))
+        row_mask = jnp.broadcast_to(some, rows) if row_mask is None else row_mask & some
     labels = None if labels is None else _labels.class_ids(labels, class_mask, row_mask, shards)
-    return Selection(labels, class_mask, row_mask), weights
+    return Selection(labels, class_mask, row_mask), weights, skips
+
+
+def for_blocks(x: Array, selection: Selection, skips: bool) -> tuple[Array, Selection]:
+    """Blocks that do not skip rows know none, and x is 0 there: a NaN, times a gradient of 0, would reach dw."""
+    if skips or selection.row_mask is None:
+        return x, selection
+    return jnp.where(selection.row_mask[..., None], x, 0), selection._replace(row_mask=None)
 
 
 def _rows_that_count(function, where, weights, kept, rows) -> tuple[Array | None, Array | None]:

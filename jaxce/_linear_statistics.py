@@ -9,7 +9,7 @@ from jax.typing import ArrayLike, DTypeLike
 from . import _checks
 from ._checks import Arrays
 from ._class_blocks import class_blocked_rows
-from ._linear import check_options, compiled_once, selected
+from ._linear import check_options, compiled_once, for_blocks, selected
 from ._losses import LabelStatistics, statistics_of
 from ._matmuls import Inputs, Layer
 from ._options import Options, Selection, Values
@@ -71,16 +71,19 @@ def linear_label_statistics(
     _checks.shape(function, "labels", labels, x.shape[:-1], "one label for each row of x")
     shards = ClassShards(layer.classes, _checks.mesh_axis(function, axis_name))
     options = Options.of(function, layer.sum_dtype, x.ndim, shards, dict(logit_cap=logit_cap))
-    selection, _ = selected(function, labels.shape, labels, class_mask, ignore_index, where, None, shards)
+    selection, _, skips = selected(function, labels.shape, labels, class_mask, ignore_index, where, None, shards)
     axes = LabelStatistics._make([labels.ndim] * 4)
-    statistics = functools.partial(compiled_once(_statistics, 3, shards), layer, shards, block_size)
+    statistics = functools.partial(compiled_once(_statistics, 4, shards), layer, shards, skips, block_size)
     return in_auto(statistics, x, axes, x, w, bias, selection, options.logit_cap)
 
 
-def _statistics(layer: Layer, shards, block_size, x: Array, w, bias, selection: Selection, cap) -> LabelStatistics:
+def _statistics(
+    layer: Layer, shards, skips, block_size, x: Array, w, bias, selection: Selection, cap
+) -> LabelStatistics:
     everything = x, w, bias, selection, cap
     x, w, bias, selection, cap = varying_over(mesh_axes(everything) - mesh_axes(shards.first()), everything)
+    x, of_blocks = for_blocks(x, selection, skips)
     inputs = Inputs(x, w, bias, Values(None, logit_cap=cap))
-    row, correct = class_blocked_rows(layer, inputs, selection, block_size, shards, with_entropy=True)
+    row, correct = class_blocked_rows(layer, inputs, of_blocks, block_size, shards, with_entropy=True)
     assert correct is not None
     return statistics_of(row, correct > 0, selection)
