@@ -44,7 +44,7 @@ def run(code: str) -> dict[str, Any]:
     keys = jax.random.split(jax.random.key(0), 4)
     x, w = jax.random.normal(keys[0], (6, 4)), jax.random.normal(keys[1], (4, 9))
     rows: dict[str, Any] = dict(x=x, w=w, embeddings=w.T, labels=jnp.arange(6), logits=x @ w)
-    rows |= dict(tokens=60, mask=jnp.arange(6) < 4)
+    rows |= dict(tokens=60, mask=jnp.arange(6) < 4, teacher_logits=x @ w)
     ids, targets = jnp.argsort(x @ w)[:, -3:], jax.nn.softmax(jax.random.normal(keys[2], (6, 3)))
     teacher = dict(class_ids=ids, targets=targets)
     policy = dict(actions=jnp.arange(6), old_log_prob=-2 * jnp.ones(6), advantages=jax.random.normal(keys[3], (6,)))
