@@ -66,7 +66,7 @@ def fused_linear(
         [num_classes]; real weights [...], default all ones; and for a mean, a real scalar `normalizer`, such as the
         global token count of data parallelism or gradient accumulation; and `where`, bool [...], True for rows that
         take part. A row masked by it, or of weight 0, has loss, aux and gradients 0, whatever it holds, and costs
-        nothing: blocks without another row are not computed. It returns the loss, in float32 (float64), a
+        nothing: the other rows are gathered first. It returns the loss, in float32 (float64), a
         scalar or [...] for "none"; with `has_aux`, (loss, aux). Without rows, a sum or mean is 0.
 
     Raises:
@@ -233,9 +233,10 @@ def linear_cross_entropy(
 
     Returns:
         The loss, in float32 (float64 for float64 operands), a scalar or [...] for "none". A row that is masked, ignored
-        or of weight 0 has loss and gradient exactly 0, whatever it holds, and costs nothing. If all rows are such, or
-        all classes are masked, or there are no rows, loss and gradients are 0. In other rows a label that is invalid,
-        or of a masked class, makes the loss NaN; `check_labels` finds those out of range.
+        or of weight 0 has loss and gradient exactly 0, whatever it holds, and costs nothing; blocks of classes are made
+        of 5, 10 or 16 sixteenths of the rows. If all rows are such, or all classes are masked, or there are no rows,
+        loss and gradients are 0. In other rows a label that is invalid, or of a masked class, makes the loss NaN;
+        `check_labels` finds those out of range.
 
     Raises:
         TypeError: a dtype is wrong.

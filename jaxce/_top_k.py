@@ -53,7 +53,8 @@ def softmax_cross_entropy_with_top_k_labels(
         where: bool, True for what takes part: classes, with as many axes as `logits`, or rows, with one less than
             `class_ids`. The target of a masked class counts as 0.
         tail: whether all other classes are one more class, of target 1 − Σ_m t_m and probability 1 − Σ_m o_{c_m}.
-            Without it a student of truncated targets learns that other classes have probability 0.
+            Without it a student of truncated targets learns that other classes have probability 0. Targets may sum to
+            1 at most, or the loss has no lower bound: renormalize those that were rounded to 16 bits.
         label_smoothing, logit_cap, z_loss, axis_name: see `softmax_cross_entropy`. Smoothing is over all num_classes.
         class_weights: real, with shape [num_classes]. They multiply the smoothed targets, but not the tail's.
 
