@@ -105,8 +105,8 @@ BLOCKED: dict[str, dict[str, Any]] = {
     "classes, none": {"reduction": "none", "recompute": True, "class_axis": -1, "block_size": 128},
 }
 # By default nearly every mode by blocks of classes, in either reduction. Any loss, below, has every mode by rows.
-QUICK_NONE = ("jvp", "grad of jvp", "scan over x", "vmap over x", "grad of vmap")
-QUICK_MEAN = ("value_and_grad", "jvp", "jvp of grad", "grad of grad", "vmap over x", "grad of vmap")
+QUICK_NONE = ("jvp", "grad of jvp", "scan over x", "vmap over x")
+QUICK_MEAN = ("value_and_grad", "jvp", "jvp of grad", "grad of grad", "vmap over x")
 QUICK = {("rows, mean", m) for m in QUICK_MEAN}
 QUICK |= {("classes, none", m) for m in QUICK_NONE}
 QUICK |= {("classes, 18 rows", "jvp of grad")}
@@ -175,7 +175,7 @@ def test_soft_targets_in_every_mode(form, mode):
     assert_same_in_mode(LINEAR_MODES[mode], ours, naive, point, tolerance=1e-11)
 
 
-QUICK_ANY = {("mean", m) for m in LINEAR_MODES} | {("none", m) for m in QUICK_NONE}
+QUICK_ANY = {("mean", m) for m in LINEAR_MODES if m != "jvp of grad of vmap"} | {("none", m) for m in QUICK_NONE}
 
 
 @pytest.mark.parametrize("reduction, mode", cases(("mean", "none"), LINEAR_MODES, quick=QUICK_ANY))
