@@ -316,6 +316,7 @@ def _labelled(
     if tail and not pair:
         raise _checks.value_error(function, "tail", "True", "it with labels (class_ids, targets)")
     masks = class_mask, ignore_index, where, weights
+    labels = _checks.as_array(function, "labels", labels) if isinstance(labels, list) else labels
     if not pair and not jnp.issubdtype(getattr(labels, "dtype", jnp.int32), jnp.floating):
         labels = _checks.integer(function, "labels", labels)
         _checks.shape(function, "labels", labels, rows, "one label for each row of x")

@@ -380,3 +380,9 @@ def test_the_weight_of_an_ignored_row_counts_for_nothing(weight, reduction):
     got, wanted = (jax.value_and_grad(total, (0, 1, 2))(x, w, v) for v in (weights.at[2].set(weight), weights))
     assert wanted[0] > 0
     jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
+def test_labels_may_be_lists():
+    x, w, _ = head(2, 4, 3)
+    for labels in ([0, 2], [[0.2, 0.3, 0.5], [1.0, 0.0, 0.0]]):
+        assert_all_close(linear_cross_entropy(x, w, labels), linear_cross_entropy(x, w, jnp.array(labels)))
