@@ -238,6 +238,9 @@ def linear_cross_entropy(
         loss and gradients are 0. In other rows a label that is invalid, or of a masked class, makes the loss NaN;
         `check_labels` finds those out of range.
 
+        `jax.vmap` over x makes logits, and a gradient of w, for each example. Leading axes of x, and reduction="none",
+        do not.
+
     Raises:
         TypeError: a dtype is wrong.
         ValueError: a shape or an option is wrong, there is no class, or `normalizer` is given without a mean.
