@@ -149,7 +149,8 @@ def with_gradients(losses_of: Callable, gradients_of: Callable) -> Callable[[Any
         gradients = jax.tree.leaves((grads, None if _is_zero(tangents[1]) else losses))
         tangent = jnp.zeros_like(out)
         for gradient, direction in zip(gradients, _nonzero(tangents), strict=True):
-            # Of weights, per row or class, gradients are infinite where losses are. For others it would cost a pass.
+            # A gradient by weights is a loss, perhaps infinite, and 0·inf is NaN. Weights, per row or class, have one
+            # axis. For larger arrays `times` would cost a pass.
             along = times if sum(n != 1 for n in gradient.shape) <= 1 else jnp.multiply
             slope = jnp.sum(along(direction.astype(out.dtype), gradient.astype(out.dtype)))
             tangent = tangent + reduced_as(slope, out)

@@ -24,7 +24,7 @@ from ._softmax import row_of_others
 
 
 def max_classes(layer: Layer, rows: int, block_size: int | None, arrays: int) -> int:
-    """Classes per block of each part. Adding dx up costs R/C of three matmuls for C classes per block.
+    """Classes per block of each part. Every block reads and writes dx in float32: R/C of four matmuls, for C classes.
 
     R is the device's peak over its bandwidth: 295 on an H100, 240 on a TPU v5e. So C is 2048 there, or more where the
     float32 logits of a block then still fit in 64 MiB. On CPU they fit in 32 MiB, together with the other arrays that
@@ -84,9 +84,10 @@ SHARES = 5, 10, 16  # sixteenths of the rows: the fewest of them that hold all t
 
 
 def _on_rows_that_count(layer: Layer, run, inputs: Inputs, selection: Selection, *by_row):
-    """`run(inputs, selection, *by_row)`, which returns results of rows, and others; 0 of rows that are masked.
+    """`run(inputs, selection, *by_row)` on the rows that count, gathered into the smallest of `SHARES` that holds them.
 
-    The last of `by_row` is a cotangent, and is 0 where a row stands in for one that is masked.
+    `run` returns (what is per row, what is not). Masked rows get 0. If fewer rows count than the share holds, others
+    fill it up; the last of `by_row`, a cotangent, is set to 0 for these, so that they add nothing to dw.
     """
     mask, lead = selection.row_mask, inputs.x.shape[:-1]
     if mask is None:
@@ -122,9 +123,9 @@ def _on_rows_that_count(layer: Layer, run, inputs: Inputs, selection: Selection,
 
         return of
 
-    smaller = [mask.sum() * SHARES[-1] > mask.size * share for share in SHARES[:-1]]
+    too_few = [mask.sum() * SHARES[-1] > mask.size * share for share in SHARES[:-1]]
     branches = [*map(of_share, SHARES[:-1]), of_all]
-    return lax.switch(sum(a.astype(jnp.int32) for a in smaller), branches, inputs, selection, *by_row)
+    return lax.switch(sum(a.astype(jnp.int32) for a in too_few), branches, inputs, selection, *by_row)
 
 
 def _block(layer: Layer, shards: ClassShards, inputs: Inputs, selection: Selection, start, size: int):
@@ -171,7 +172,8 @@ def _forward(layer: Layer, shards, block_size, inputs: Inputs, selection, with_e
     row, correct = _rule.row_of(s), None
     if with_entropy:  # floating, since in shard_map no integer can have the tangent that JAX expects
         correct = ((s.first == labels) & ~jnp.isnan(row.loss)).astype(layer.sum_dtype)
-    return (row, None) if listed is None else (row_of_others(row), shards.total(listed)), correct
+    out = (row, None) if listed is None else (row_of_others(row), shards.total(listed))
+    return out, correct
 
 
 def _at(labels: Array | None, ids: Array) -> Any:

@@ -24,9 +24,9 @@ def product(a: Array, b: Array) -> Array:
 
 
 def times(a: Array, b: Array) -> Array:
-    """`product`, linear in a for autodiff too: tangents and cotangents of 0 have no part in an infinite derivative.
+    """a·b for a derivative b that may be infinite: 0 where a is 0, and linear in a for autodiff too.
 
-    The infinite b is two large factors.
+    An infinite b is two large finite factors, so that 0·inf never occurs.
     """
     infinite, large = jnp.isinf(b), jnp.finfo(b.dtype).max
     return a * jnp.where(infinite, large, 1) * jnp.where(infinite, jnp.sign(b) * large, b)
@@ -34,7 +34,7 @@ def times(a: Array, b: Array) -> Array:
 
 @jax.custom_jvp
 def weighted(weight: Array, loss: Array) -> Array:
-    """`product`. Its derivative by weight is the loss, infinite too and at weight 0, where autodiff has 0."""
+    """`product`, but with ∂/∂weight = loss everywhere: autodiff has 0 where the weight is 0 and the loss infinite."""
     return product(weight, loss)
 
 

@@ -9,6 +9,7 @@ Training takes three matmuls: z, and from the loss's gradient δ, dx = δ·Wᵀ 
 """
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any, Literal, SupportsIndex
 
@@ -51,7 +52,8 @@ def fused_linear(
     Args:
         loss_fn: maps a block of logits [rows, num_classes], in float32 (float64 for float64 operands), and of row
             arguments [rows, ...] to losses [rows], each of its row alone. It may see some rows twice. With "none", to a
-            pytree of arrays [rows], such as `LabelStatistics`: floating ones are differentiated, others returned.
+            pytree of arrays [rows], such as `LabelStatistics`: floating ones are differentiated, others returned. It is
+            traced as by `jax.jit`: once, unless it is made anew.
         reduction: "mean" is Σ weights·loss / Σ weights, or / `normalizer`, and 0 where that divisor is 0. "sum" is
             Σ weights·loss, and "none" is weights·loss of each row.
         has_aux: whether `loss_fn` returns (losses, aux), aux a pytree of arrays [rows, ...]. It is not differentiated.
@@ -93,9 +95,9 @@ def fused_linear(
     if not callable(loss_fn):
         raise _checks.type_error(function, "loss_fn", _checks.described(loss_fn), "a function of logits and row_args")
 
-    # A loss that closes over nothing is compiled once, whoever calls; others for each `fused`, with which goes what
-    # they close over.
-    compiled = _compiled_by_rows if getattr(loss_fn, "__closure__", ()) is None else _compiled_by_rows.__wrapped__
+    # A loss that holds nothing has one program for all calls of `fused_linear`. Any other has one for each `fused`:
+    # when that goes, so do the program and what the loss holds.
+    compiled = _compiled_by_rows if _holds_nothing(loss_fn) else _compiled_by_rows.__wrapped__
     by_rows = compiled(loss_fn, has_aux, reduction, block_size)
 
     def fused(x, w, *row_args, bias=None, weights=None, normalizer=None, where=None, **unknown):
@@ -130,6 +132,14 @@ def compiled_once(f: Callable[..., Any], static: int, shards: ClassShards) -> Ca
     the same on all shards. Test: test_is_the_naive_formula_in_every_world, vmap.
     """
     return _compiled(f, static) if shards.axis_name is None else f
+
+
+def _holds_nothing(f: Callable[..., Any]) -> bool:
+    """Neither an object, as a method does, nor what it closes over, nor an array as a default."""
+    if not isinstance(f, types.FunctionType) or f.__closure__ is not None:
+        return False
+    defaults = *(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values()
+    return all(value is None or isinstance(value, int | float | str) for value in defaults)
 
 
 @functools.lru_cache(maxsize=64)
@@ -283,30 +293,33 @@ def _loss_of(
     axes = mesh_axes(everything) - mesh_axes(shards.first())
     x, w, bias, (selection, targets, listed), scale, options = varying_over(axes, everything)
 
-    def values_of(logits, ndim, selection, targets):
+    def values_of(logits, ndim, selection, targets, options):
         values = Values(logits, targets, logit_cap=options.logit_cap)
         if targets is None:
             return with_uniform_targets(values, options, ndim, layer.sum_dtype)
         return with_dense_targets(values, targets.shape, options, selection, layer.sum_dtype, shards)
 
+    x, of_blocks = for_blocks(x, selection, skips)
+    if by_classes:
+        inputs = Inputs(x, w, bias, values_of(None, x.ndim, selection, targets, options))
+        found = class_blocked_rows(layer, inputs, of_blocks, block_size, shards)
+        loss = loss_of_rows(*found, listed, options, selection, shards)
+        loss = loss if scale is None else weighted(scale, loss)
+        return loss if reduction == "none" else jnp.sum(loss)
+
+    # Blocks are [B, K], so that what all rows share becomes [1, K].
+    per_class = options.class_weights, selection.class_mask
+    class_weights, class_mask = jax.tree.map(lambda a: a.reshape(1, -1), per_class)
+    of_block = options._replace(class_weights=class_weights)
+
     def loss_of_block(logits, selection, targets, listed):
         selection = selection._replace(class_mask=class_mask)
-        values = values_of(logits, logits.ndim, selection, targets)
-        return loss_of_rows(*row_statistics(values, selection, shards), listed, options, selection, shards)
+        values = values_of(logits, logits.ndim, selection, targets, of_block)
+        return loss_of_rows(*row_statistics(values, selection, shards), listed, of_block, selection, shards)
 
-    x, of_blocks = for_blocks(x, selection, skips)
-    if not by_classes:  # blocks [B, K]
-        per_class = options.class_weights, selection.class_mask
-        class_weights, class_mask = jax.tree.map(lambda a: a.reshape(1, -1), per_class)
-        options = options._replace(class_weights=class_weights)
-        rows = selection._replace(class_mask=None, row_mask=None if skips else selection.row_mask), targets, listed
-        by_rows = functools.partial(_by_rows, loss_of_block, False, reduction, block_size, layer, parts)
-        return by_rows(x, w, bias, rows, of_blocks.row_mask, scale)[0]
-    inputs = Inputs(x, w, bias, values_of(None, x.ndim, selection, targets))
-    found = class_blocked_rows(layer, inputs, of_blocks, block_size, shards)
-    loss = loss_of_rows(*found, listed, options, selection, shards)
-    loss = loss if scale is None else weighted(scale, loss)
-    return loss if reduction == "none" else jnp.sum(loss)
+    rows = selection._replace(class_mask=None, row_mask=None if skips else selection.row_mask), targets, listed
+    by_rows = functools.partial(_by_rows, loss_of_block, False, reduction, block_size, layer, parts)
+    return by_rows(x, w, bias, rows, of_blocks.row_mask, scale)[0]
 
 
 def _labelled(
@@ -340,9 +353,10 @@ def _labelled(
 def selected(
     function, rows, labels, class_mask, ignore_index, where, weights, shards
 ) -> tuple[Selection, Array | None, bool]:
-    """What takes part of a head's rows and classes; the weights, 0 for other rows; and if blocks are to skip those.
+    """The `Selection` of a head; the weights, 0 for rows that do not count; and whether blocks are to skip those rows.
 
-    Without a class no row takes part, but nothing is skipped: all classes are computed, for results that are masked.
+    If all classes are masked (`some` is False), no row counts. Then nothing is masked on the way, as a softmax of no
+    class is NaN: all classes are computed, and the results are set to 0.
     """
     kept = [] if ignore_index is None else [~_labels.ignored(function, labels, ignore_index)]
     row_mask, weights = _rows_that_count(function, where, weights, kept, rows)
@@ -358,7 +372,10 @@ def selected(
 
 
 def for_blocks(x: Array, selection: Selection, skips: bool) -> tuple[Array, Selection]:
-    """Blocks that do not skip rows know none, and x is 0 there: a NaN, times a gradient of 0, would reach dw."""
+    """x and `selection` as blocks take them. If they skip rows, they are given the row mask, and leave those out.
+
+    Else they are given none, and x is 0 in masked rows: a NaN there, times a gradient of 0, would reach dw.
+    """
     if skips or selection.row_mask is None:
         return x, selection
     return jnp.where(selection.row_mask[..., None], x, 0), selection._replace(row_mask=None)

@@ -4,8 +4,9 @@
 
 Comparing each logit with each id needs no array, but takes longer than the pass it is in. So the mask of listed classes
 is kept as bits, 1/32 of float32 logits, and their gradients are scattered into that of the others, in place. XLA for
-TPUs scatters into a copy: there we compare. But not in blocks of classes, whose copy is small: of less than 2048
-features XLA would make an array of the block's size for each id (4 GiB, and 50 times the matmuls' time).
+TPUs scatters into a copy of the gradient: there we compare. In blocks of classes we scatter on TPUs too: the copy is
+small, while for w of fewer than 2048 features each comparison would be an array of the block's size (4 GiB, and 50
+times the matmuls' time).
 Test: test_a_loss_of_logits_reads_them_twice_and_writes_its_gradient, top-k labels;
 test_top_k_labels_of_a_head_take_little_more.
 """

@@ -87,11 +87,11 @@ class Layer(NamedTuple):
         return self._dot(x, rows, dz, rows, apart) if self.class_axis else self._dot(dz, rows, x, rows, apart)
 
     def transposed(self, x: Array) -> Array | None:
-        """On CPU, xᵀ [D, rows] for `dw`, to be made before a loop; None elsewhere, where it is a copy of x for nothing.
+        """xᵀ [D, rows] for `dw`, made before a loop, on CPU only: elsewhere it would be a copy of x for nothing.
 
-        There a transposed operand costs float32 a fifth of its speed, and bfloat16 half, because it is multiplied in
-        float32. Some bfloat16 matmuls of a vmapped loss are not implemented at all. The barrier keeps XLA from folding
-        the transpose back into the matmul.
+        On CPU a matmul that reads x transposed is a fifth slower in float32, and half as fast in bfloat16, because it
+        is done in float32. Some bfloat16 matmuls of a vmapped loss are not implemented at all. The barrier keeps XLA
+        from folding the transpose back into the matmul.
         Test: test_no_matmul_reads_a_transposed_x.
         """
         if not self.on_cpu or self.devices > 1:

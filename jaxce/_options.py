@@ -40,7 +40,7 @@ class Selection(NamedTuple):
     class_mask: Any = None  # bool, broadcast against the logits; every row that counts has an unmasked class
     row_mask: Any = None  # [...] bool, the rows that count
     class_ids: Any = None  # [..., M] as in `_listed`: classes of this shard that are listed, and left out of the sums
-    in_block: tuple[()] | None = None  # () for a block of classes
+    in_block: tuple[()] | None = None  # () in a block of classes: a flag in the tree's structure, static under jit
 
     @property
     def mask(self) -> Array | None:

@@ -80,8 +80,8 @@ class RowBlocks(NamedTuple):
     def cut(self, arrays: Any, row_mask: Array | None) -> tuple[Any, Callable]:
         """What to scan over, and `take(slice)`: that block of `arrays`, and which of its rows are new; None for all.
 
-        Rows that are masked are left out: blocks take the others first. What is then left to take is one of those
-        again, as zeros could make a loss NaN that is not. In the slices are the rows, the new ones, and if there are.
+        Masked rows are left out: blocks take the rows that count first. The places left over repeat a row that counts,
+        and are not new; zeros there could make a loss NaN. A slice is then (row indices, which are new, if any is).
         """
         arrays, n, size, axis = jax.tree.map(self.by_parts, arrays), self.blocks, self.size, len(self.part_axes)
         if row_mask is not None:
@@ -204,7 +204,8 @@ def _hoisted(
 ) -> Callable:
     """The loss of one block as a function of `consts` too, to which is added what it closes over.
 
-    It returns the losses, and (what is of no floating dtype, aux): of `several` numbers, trees with None for the rest.
+    It returns (floating numbers, (other numbers, aux)). The first two have the structure that the loss returns, with
+    None for what is in the other. Unless `several`, there is one number, the losses.
     """
 
     def block_loss(logits, *rows):
@@ -333,6 +334,9 @@ def _block(layer: Layer, block_loss, inputs: Inputs, perturbed: Inputs, apart: i
     """One step: the losses of a block, its dx and row gradients, and what its new rows add to the totals."""
     (x, rows, g), (dw, dbias, dconsts) = taken, totals
     g = g if new is None else jax.tree.map(lambda g: jnp.where(new, g, 0), g)
+    # On several devices, one without a row that counts repeats a masked row, which may hold NaN.
+    repeated = None if new is None or new.ndim == 1 else ~new[..., None]
+    x = x if repeated is None else jnp.where(repeated, 0, x)
     z = layer.logits(x, inputs.w, inputs.bias)
     loss, values, to_tree = of_perturbed(
         lambda z, others: block_loss(others[1], z, *others[0]),
@@ -341,6 +345,7 @@ def _block(layer: Layer, block_loss, inputs: Inputs, perturbed: Inputs, apart: i
     )
     losses, loss_vjp, aux = jax.vjp(loss, values, has_aux=True)
     dz, (drows, block_dconsts) = to_tree(loss_vjp(g)[0])
+    dz = dz if repeated is None else jnp.where(repeated, 0, dz)
     dx = layer.dx_of_few(dz, inputs.w).astype(inputs.x.dtype) if perturbed.x else None
     dw = layer.add_dw(dw, x, dz) if perturbed.w else None
     dbias = dbias + dz.sum(range(apart, dz.ndim - 1)) if perturbed.bias else None

@@ -10,13 +10,13 @@ follows from log o_j = z_j − lse and ∂lse/∂z_i = exp z_i / Σ_k exp z_k = 
 
 lse is kept as two numbers, a shift m, max z (or z_y, if the loss is small), and L = log Σ_j exp(z_j − m): their sum,
 rounded at 1e4, would leave o three digits. L's sum contains a 1, beside which small terms are lost. So one class c, the
-label or else the largest, is left out. If it is not the largest, expm1 takes away the 1 that log1p adds:
+label or else the largest, is left out: log1p adds 1 in its place, and expm1 corrects that to exp(z_c − m):
 
     L = log1p(Σ_{j≠c} exp(z_j − m) + expm1(z_c − m))        −log o_c = (m − z_c) + L        o_c − 1 = expm1(log o_c)
 
-A row is sure when −log o_c < 1/2. Then o_c > 0.6, so c is the largest, and m = z_c. Only ∂m + ∂L = o is determined.
-In a sure row we split it as ∂m = onehot(c) and ∂L = o − onehot(c): as small as L, so that second derivatives stay
-accurate. In other rows m counts as a constant: ∂m = 0 and ∂L = o.
+A row is sure when −log o_c < 1/2. Then o_c > 0.6, so c is the largest, and m = z_c. Derivatives of m and L are needed
+apart, but only their sum, ∂m + ∂L = o, is determined. In a sure row we take ∂m = onehot(c), ∂L = o − onehot(c): as
+small as L, so that second derivatives stay accurate. In other rows m counts as a constant: ∂m = 0 and ∂L = o.
 """
 
 from typing import Any, NamedTuple
@@ -112,7 +112,7 @@ def gradient(z: Array, at_c: Array, t: Array | None, row: Row, g: Row) -> tuple[
     are [..., 1]; `row.loss` may be [..., K]: its entry at c counts. `at_c` marks the label, or the largest if sure.
     """
     loss = row.log_sum if row.loss is None else row.loss  # −log o_c
-    sure, o_c, q, at_others, dt = loss < 0.5, exp(-loss), expm1(-loss), 0, None  # q = o_c − 1
+    sure, o_c, q, at_others, dt = loss < 0.5, exp(-loss), expm1(-loss), 0, None  # q = o_c − 1, with all its digits
     # At c each cotangent has its own term, in which nothing cancels: if sure, a·o_c − t is a·q + (a − t).
     slope, own = g.log_sum, g.shift * jnp.where(sure, 1, 0) + g.log_sum * jnp.where(sure, q, o_c)
     if row.loss is not None:

@@ -42,10 +42,10 @@ class ClassShards(NamedTuple):
         return partial_sums if self.axis_name is None else lax.psum(partial_sums, self.axis_name)
 
     def cotangents(self, g: Any, like: Array) -> Any:
-        """Those of each shard's part of what `total` adds up, from those of the totals: psum's own transpose.
+        """The cotangents of this shard's addends, from `g`, those of the sum that `total` makes: psum's transpose.
 
-        That is a copy where types tell on which shards `like`, a part, differs, in `jax.shard_map(check_vma=True)`.
-        Elsewhere it is the sum over shards.
+        In `jax.shard_map(check_vma=True)`, whose types tell that `g` is the same on all shards, that is a copy of g,
+        which varies as `like`, an addend, does. Elsewhere it is a sum over shards.
         """
         return varying_as(g, like) if mesh_axes(self.first()) else self.total(g)
 
@@ -121,7 +121,8 @@ def gathered(a: Array, axis: int) -> Array:
 def last_axes_merged(a: Array, count: int) -> Array:
     """`a`, its last axes flattened to one. On an Explicit mesh that is split as its leading axes are.
 
-    What splits an axis after one that is whole cannot split the product too, in blocks: it is gathered.
+    A mesh axis that splits an axis after one that is whole would split the product into strided pieces, not blocks:
+    that one is gathered.
     """
     rows = a.ndim - count
     shape = (*a.shape[:rows], math.prod(a.shape[rows:]))
@@ -135,9 +136,10 @@ def last_axes_merged(a: Array, count: int) -> Array:
 
 
 def in_auto(f: Callable[..., Any], like: Array, axes: Any, *args: Any) -> Any:
-    """`f(*args)`, whose results are sharded over their first axes as `like` is over as many: `axes`, a tree of numbers.
+    """`f(*args)`, run with Explicit mesh axes made Auto, so that one formulation serves both.
 
-    Explicit mesh axes are made Auto for it, so that one formulation serves both. `f` must not close over arrays.
+    `axes` is a tree of numbers like the results: the first n axes of a result are sharded as the first n of `like` are.
+    `f` must not close over arrays.
     """
     typed = next((a for a in jax.tree.leaves((like, args)) if _sizes(a, AxisType.Explicit)), None)
     if typed is None:

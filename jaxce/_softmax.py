@@ -61,7 +61,7 @@ def _backward(shards: ClassShards, values: Values, selection: Selection, row: Ro
     (z, t), options_vjp = prepared_vjp(values, selection)
     row, g, logit = jax.tree.map(lambda a: a[..., None], (row, shards.cotangents(g, z), logit))
     if selection.class_ids is not None:
-        # No other class is far above the shift. exp of a listed one could be inf, and in forward mode meets a 0.
+        # A listed class may be far above the shift, others are not. It is capped: exp would be inf, and inf·0 is NaN.
         z = jnp.where(z > row.shift + 1, row.shift + 1, z)
     if labels is None:
         at_c = (row.log_sum < 0.5) & (z == row.shift)
@@ -82,6 +82,9 @@ def row_of_others(row: Row) -> Row:
 
 
 def _label_loss(m: Array, log_sum: Array, logit: Array) -> Array:
-    """−log o_c, differentiable. In a sure row m is z_c: `where` keeps ∂m − ∂z_c, rounded, away from the tiny ∂L."""
+    """−log o_c = (m − z_c) + L, differentiable. In a sure row m is z_c, and ∂m − ∂z_c is 0.
+
+    Rounded, it would be as large as ∂L: `where` leaves it out.
+    """
     gap = m - logit
     return jnp.where(gap + log_sum < 0.5, 0, gap) + log_sum

@@ -111,7 +111,8 @@ def listed_classes(
     invalid = ((t != 0) & (ids == _labels.INVALID)).any(-1)
     if mask is not None:
         ids = _labels.class_ids(ids, jnp.expand_dims(mask, -2), None, shards)
-    used = (ids != _labels.INVALID) & ((t != 0) | (not tail))
+    used = ids != _labels.INVALID
+    used = used & (t != 0) if tail else used  # with a tail, padding (t = 0) must not take its class out of it
     t = jnp.where(used, t, 0)
 
     # Equal ids: the first stands for all.

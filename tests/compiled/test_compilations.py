@@ -155,6 +155,35 @@ def test_arrays_are_not_kept(name, how):
     assert len(jax.live_arrays()) <= before
 
 
+class Scaled:
+    def __init__(self, scale):
+        self.scale = scale
+
+    def loss(self, z, y):
+        return self.scale * integer_loss(z, y)
+
+
+def test_a_loss_that_holds_values_is_not_cached():
+    """A method holds its object; a default is held too. A closure has its own test above."""
+    x, w, y = jnp.ones((8, 10)), jnp.ones((10, 128)), jnp.zeros(8, jnp.int32)
+    scaled = Scaled(1.0)
+
+    def by_method(scale):
+        scaled.scale = scale
+        total = jaxce.fused_linear(scaled.loss)(x, w, y)
+        scaled.scale = 0.0
+        return total
+
+    def by_default(scale):
+        return jaxce.fused_linear(lambda z, y, scale=scale: scale * integer_loss(z, y))(x, w, y)
+
+    for f in (by_method, by_default):
+        assert_close(f(2.0), 2 * f(1.0), "float32")
+        with jax.checking_leaks():
+            for _ in range(2):
+                assert_close(jax.jit(jax.grad(f))(1.5), f(1.0), "float32")
+
+
 @pytest.mark.parametrize("loss", EAGER.values(), ids=EAGER)
 def test_no_tracer_leaks(loss):
     with jax.checking_leaks():

@@ -239,6 +239,24 @@ def test_uneven_last_shard(form):
     assert_all_close(got, wanted, factor=4)
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("form", ["rows", "classes", "any loss"])
+def test_a_device_without_a_row_that_counts(form, axis_type):
+    """Its rows are padding, with NaN in x and labels that are no class."""
+    x, w, labels = head(N, D, K)
+    kept, f = jnp.arange(N) < 7, partial(jaxce.linear_cross_entropy, recompute=form == "classes")
+    if form == "any loss":
+        f = jaxce.fused_linear(integer_loss)
+    gradient = jax.value_and_grad(lambda x, w, labels, kept: f(x, w, labels, where=kept), (0, 1))
+    wanted, (wanted_dx, wanted_dw) = gradient(x[:7], w, labels[:7], kept[:7])
+    padded = jnp.where(kept[:, None], x, jnp.nan), w, jnp.where(kept, labels, -1), kept
+    specs = P("data"), P(), P("data"), P("data")
+    got, (dx, dw) = jax.jit(gradient)(*placed(mesh(axis_type), padded, specs))
+    dx = np.asarray(dx)
+    assert_all_close((got, dx[:7], dw), (wanted, wanted_dx, wanted_dw), factor=4)
+    assert (dx[7:] == 0).all()
+
+
 def test_any_loss_on_an_explicit_mesh():
     """With row arguments, aux and losses per row, which are typed as the rows of x are."""
     x, w, labels = head(N, D, K)
