@@ -188,12 +188,6 @@ def scan_blocks(layer: Layer, block: Callable[..., Any], start: Any, slices: Any
 CONDITIONALS = jax.__version_info__ >= (0, 11)
 
 
-def if_needed(needed: Array, run: Callable[..., Any], skip: Callable[..., Any], *args: Any) -> Any:
-    if CONDITIONALS:
-        return lax.cond(needed, run, skip, *args)
-    return jax.tree.map(functools.partial(jnp.where, needed), run(*args), skip(*args))
-
-
 def checkpointed(step: Callable[..., Any]) -> Callable[..., Any]:
     """`step(*arrays, size)` under `jax.checkpoint`, whose static_argnums would keep what `step` closes over for good.
 

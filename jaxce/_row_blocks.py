@@ -19,7 +19,7 @@ from jax import Array, lax
 
 from . import _checks
 from ._autodiff import of_perturbed
-from ._matmuls import PLATFORMS, Inputs, Layer, if_needed, scan_blocks
+from ._matmuls import CONDITIONALS, PLATFORMS, Inputs, Layer, scan_blocks
 from ._sharding import gathered, mesh_axes, parts_of, varying_as, varying_over
 
 
@@ -170,7 +170,8 @@ def sweep_of(
         x, rows = varying_over(axes, (x, rows))
         return sweep_of(function, layer, loss_fn, has_aux, several, parts, block_size, x, w, bias, rows, row_mask)
     inputs = Inputs(x, w, bias, (rows, list(map(jnp.asarray, consts)), row_mask))
-    return functools.partial(sweep, layer, plans), inputs, traced[0]
+    skips = CONDITIONALS and row_mask is not None and not coupled(traced[0])  # or devices would wait for one that skips
+    return functools.partial(sweep, layer, plans, skips), inputs, traced[0]
 
 
 def losses_axes(closed: Any, i: int = 0) -> frozenset[Any]:
@@ -250,17 +251,20 @@ def _hoisted(
     return hoisted
 
 
-def sweep(layer: Layer, plans: dict, inputs: Inputs, g: Any = None, perturbed: Any = None):
+def sweep(layer: Layer, plans: dict, skips: bool, inputs: Inputs, g: Any = None, perturbed: Any = None):
     """((losses [...], gradients), aux): the gradients of Σ g·losses, with None for what is not `perturbed`.
 
     Without g, (losses, aux). In `inputs`, x is [..., D], and the others are row arguments [..., any], a list of the
     arrays that the loss closes over, and which rows count [...], or None for all. Of other rows every result is 0.
     """
 
-    return layer.by_platform(lambda layer, *args: _sweep(layer, plans[layer.platform], perturbed, *args), inputs, g)
+    def run(layer, *args):
+        return _sweep(layer, plans[layer.platform], skips, perturbed, *args)
+
+    return layer.by_platform(run, inputs, g)
 
 
-def _sweep(layer: Layer, plan: tuple[RowBlocks, Callable], perturbed: Any, inputs: Inputs, g: Any):
+def _sweep(layer: Layer, plan: tuple[RowBlocks, Callable], skips: bool, perturbed: Any, inputs: Inputs, g: Any):
     blocks, block_loss = plan
     rows, _, row_mask = inputs.others
     given, inputs = inputs, inputs._replace(w=gathered(inputs.w.astype(layer.operand_dtype), 1 - layer.class_axis))
@@ -269,15 +273,16 @@ def _sweep(layer: Layer, plan: tuple[RowBlocks, Callable], perturbed: Any, input
         block_loss = jax.vmap(block_loss, (None, *[0] * (1 + len(rows))))
     if g is None:
         slices, take = blocks.cut((inputs.x, rows), row_mask)
-        return blocks.join(_losses(layer, block_loss, inputs, slices, take), row_mask)
+        return blocks.join(_losses(layer, block_loss, skips, inputs, slices, take), row_mask)
 
     # Where parts may be on different devices each has its own sums, which are added up, and so communicated, once.
     apart = [p for i, p in enumerate(parts) if math.prod(parts[: i + 1]) <= layer.devices]
     slices, take = blocks.cut((inputs.x, rows, g), row_mask)
     start = _zero_totals(layer, inputs, g, perturbed, apart)
-    block = functools.partial(_block, layer, block_loss, inputs, perturbed, len(apart))
+    masks = row_mask is not None and (not skips or bool(parts))
+    block = functools.partial(_block, layer, block_loss, inputs, perturbed, len(apart), masks)
     # Where the sweep is itself differentiated, the checkpoint keeps the residuals of a block from being stacked.
-    block = jax.checkpoint(_if_a_row_counts(block, row_mask, take, start, slices), prevent_cse=False)
+    block = jax.checkpoint(_step(block, skips, take, start, slices), prevent_cse=False)
     totals, out = scan_blocks(layer, block, start, slices)
     (dw, dbias, dconsts), (losses, aux, dx, drows) = totals, blocks.join(out, row_mask)
 
@@ -287,29 +292,32 @@ def _sweep(layer: Layer, plan: tuple[RowBlocks, Callable], perturbed: Any, input
     return (losses, Inputs(dx, added(dw, given.w), added(dbias, given.bias), (drows, dconsts, None))), aux
 
 
-def _losses(layer: Layer, block_loss, inputs: Inputs, slices, take):
-    consts, row_mask = inputs.others[1:]
+def _losses(layer: Layer, block_loss, skips: bool, inputs: Inputs, slices, take):
+    consts = inputs.others[1]
 
     def block(_, taken, new):
         x, rows = taken
         return None, block_loss(consts, layer.logits(x, inputs.w, inputs.bias), *rows)
 
-    return lax.scan(
-        jax.checkpoint(_if_a_row_counts(block, row_mask, take, None, slices), prevent_cse=False), None, slices
-    )[1]
+    step = jax.checkpoint(_step(block, skips, take, None, slices), prevent_cse=False)
+    return lax.scan(step, None, slices)[1]
 
 
-def _if_a_row_counts(block: Callable, row_mask: Array | None, take: Callable, start: Any, slices: Any) -> Callable:
-    """`block(totals, *take(slice))` as a step of a scan. With a mask, (totals, zeros) without a row that counts."""
+def _step(block: Callable, skips: bool, take: Callable, start: Any, slices: Any) -> Callable:
+    """`block(totals, *take(slice))` as a step of a scan. If it skips, (totals, zeros) without a row that counts."""
 
     def run(totals, slices):
         return block(totals, *take(slices))
 
-    if row_mask is None:
+    if not skips:
         return run
     # The zeros have the types of results, which in shard_map say more than shapes; nothing else is computed.
     zeros = jax.tree.map(jnp.zeros_like, run(start, jax.tree.map(lambda a: a[0], slices))[1])
-    return lambda totals, slices: if_needed(slices[-1], run, lambda totals, _: (totals, zeros), totals, slices)
+
+    def skip(totals, _):
+        return totals, zeros
+
+    return lambda totals, slices: lax.cond(slices[-1], run, skip, totals, slices)
 
 
 def _zero_totals(layer: Layer, inputs: Inputs, g, perturbed: Inputs, apart: list[int]):
@@ -330,12 +338,12 @@ def _sum_dtype(layer: Layer, a: Array):
     return layer.sum_dtype if a.dtype == jnp.float16 else a.dtype
 
 
-def _block(layer: Layer, block_loss, inputs: Inputs, perturbed: Inputs, apart: int, totals, taken, new):
+def _block(layer: Layer, block_loss, inputs: Inputs, perturbed: Inputs, apart: int, masks: bool, totals, taken, new):
     """One step: the losses of a block, its dx and row gradients, and what its new rows add to the totals."""
     (x, rows, g), (dw, dbias, dconsts) = taken, totals
     g = g if new is None else jax.tree.map(lambda g: jnp.where(new, g, 0), g)
-    # On several devices, one without a row that counts repeats a masked row, which may hold NaN.
-    repeated = None if new is None or new.ndim == 1 else ~new[..., None]
+    # Where none counts, of all rows or of a device's, a masked one is repeated, which may hold NaN.
+    repeated = ~new[..., None] if masks and new is not None else None
     x = x if repeated is None else jnp.where(repeated, 0, x)
     z = layer.logits(x, inputs.w, inputs.bias)
     loss, values, to_tree = of_perturbed(
@@ -345,7 +353,9 @@ def _block(layer: Layer, block_loss, inputs: Inputs, perturbed: Inputs, apart: i
     )
     losses, loss_vjp, aux = jax.vjp(loss, values, has_aux=True)
     dz, (drows, block_dconsts) = to_tree(loss_vjp(g)[0])
-    dz = dz if repeated is None else jnp.where(repeated, 0, dz)
+    if repeated is not None and new is not None:
+        dz = jnp.where(repeated, 0, dz)
+        block_dconsts = jax.tree.map(lambda d: jnp.where(new.any(), d, 0), block_dconsts)
     dx = layer.dx_of_few(dz, inputs.w).astype(inputs.x.dtype) if perturbed.x else None
     dw = layer.add_dw(dw, x, dz) if perturbed.w else None
     dbias = dbias + dz.sum(range(apart, dz.ndim - 1)) if perturbed.bias else None

@@ -174,7 +174,8 @@ def test_rows_left_out_need_at_most_a_copy_of_x(recompute):
     x, w, labels = head(4096, 512, 32000)
     f = jax.value_and_grad(partial(linear_cross_entropy, recompute=recompute), (0, 1))
     masked = partial(f, ignore_index=3)
-    assert temp_bytes(masked, x, w, labels) <= temp_bytes(f, x, w, labels) + x.nbytes
+    copies = 5 if jax.__version_info__ < (0, 11) else 1  # there all blocks are computed, of all rows
+    assert temp_bytes(masked, x, w, labels) <= temp_bytes(f, x, w, labels) + copies * x.nbytes
 
 
 def test_row_arguments_are_not_copied():

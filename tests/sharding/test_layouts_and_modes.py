@@ -257,6 +257,25 @@ def test_a_device_without_a_row_that_counts(form, axis_type):
     assert (dx[7:] == 0).all()
 
 
+def test_no_device_waits_for_one_without_a_row_that_counts():
+    """A loss that communicates over the axis of the rows."""
+    x, w, labels = head(N, D, K)
+
+    def loss(z, labels):
+        losses = integer_loss(z, labels)
+        return losses * (1 + 0 * lax.psum(losses.sum(), "data"))
+
+    def on_shard(x, w, labels, kept):
+        total = jaxce.fused_linear(loss, reduction="sum", block_size=2)(x, w, labels, where=kept)
+        return lax.psum(total, "data")
+
+    kept, specs = jnp.arange(N) < 7, (P("data"), P(), P("data"), P("data"))
+    f = on_shards(on_shard, mesh_of((4,), ("data",)), specs, P())
+    got = jax.jit(jax.value_and_grad(f, (0, 1)))(x, w, labels, kept)
+    plain = jax.value_and_grad(lambda x, w, labels, kept: integer_loss(x @ w, labels).sum(where=kept), (0, 1))
+    assert_all_close(got, plain(x, w, labels, kept), factor=4)
+
+
 def test_any_loss_on_an_explicit_mesh():
     """With row arguments, aux and losses per row, which are typed as the rows of x are."""
     x, w, labels = head(N, D, K)
