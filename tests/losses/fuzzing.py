@@ -44,8 +44,8 @@ class Structure(NamedTuple):
         return cls(integer, batch, classes, axis, where, some(), some(), some(), some(), integer and some(), some())
 
     def of_head(self, head: str) -> "Structure":
-        """Of rows [N, K] with integer labels, which a head takes with one class mask for all, if any."""
-        where = None if self.where == "rows" else self.where and "classes of all rows"
+        """Of rows [N, K] with integer labels, which a head takes with a row mask, or one class mask for all, if any."""
+        where = self.where if self.where == "rows" else self.where and "classes of all rows"
         batch, classes = (max(1, math.prod(self.batch)),), (math.prod(self.classes),)
         s = self._replace(form=head, batch=batch, classes=classes, axis=-1, where=where)
         return s._replace(label_smoothing=False, class_weights=False) if head == "statistics" else s

@@ -42,8 +42,8 @@ def statistics_loss(x, w, labels, z_loss=0.0, **options):
 
 def of_head(loss_fn, z, labels, axis, where, **options):
     """The loss of a head whose logits are z and whose gradient of w is that of z: x is the identity."""
-    where = None if where is None else where[0]
-    return loss_fn(jnp.eye(len(z), dtype=z.dtype), z, labels, class_mask=where, **options)
+    rows, classes = (where, None) if where is None or where.ndim == 1 else (None, where[0])
+    return loss_fn(jnp.eye(len(z), dtype=z.dtype), z, labels, where=rows, class_mask=classes, **options)
 
 
 HEADS = {
