@@ -18,17 +18,26 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from . import _checks, _labels
+from . import _checks
 from ._autodiff import with_backward, with_gradients
 from ._checks import Arrays
 from ._class_blocks import class_blocked_rows
 from ._elementary import weighted
+from ._linear_arguments import (
+    check_options,
+    check_weights,
+    for_blocks,
+    labelled_rows,
+    mean_divisor,
+    row_scale,
+    rows_that_count,
+)
 from ._matmuls import Inputs, Layer
-from ._options import Options, Selection, Values, with_dense_targets, with_uniform_targets
+from ._options import Options, Values, with_dense_targets, with_uniform_targets
 from ._row_blocks import check_constants, coupled, losses_axes, row_parts, sweep_of
 from ._sharding import ClassShards, in_auto, mesh_axes, reduced_as, varying_as, varying_over
 from ._softmax import row_statistics
-from ._top_k import listed_classes, loss_of_rows, top_k_labels
+from ._top_k import loss_of_rows
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -107,11 +116,11 @@ def fused_linear(
         lead = x.shape[:-1]
         meaning = "as x; what is not of a row, loss_fn may close over"
         row_args = jax.tree.map(lambda a: _checks.leading(function, "row_args", a, lead, meaning), row_args)
-        weights, normalizer = _check_weights(function, weights, normalizer, lead, reduction, layer)
-        row_mask, weights = _rows_that_count(function, where, weights, [], lead)
+        weights, normalizer = check_weights(function, weights, normalizer, lead, reduction, layer)
+        row_mask, weights = rows_that_count(function, where, weights, [], lead)
         if weights is None and row_mask is not None and reduction != "none":
             weights = row_mask.astype(layer.sum_dtype)
-        scale = _row_scale(reduction, weights, normalizer, lead, layer)
+        scale = row_scale(reduction, weights, normalizer, lead, layer)
         blocked = functools.partial(by_rows, layer, row_parts(x))
         axes = len(lead) if reduction == "none" else 0, len(lead)
         out, aux = in_auto(blocked, x, axes, x, w, bias, row_args, row_mask, scale)
@@ -267,16 +276,16 @@ def linear_cross_entropy(
     _checks.one_of(function, "recompute", recompute, (None, True, False), "a bool or None")
     layer, x, w, bias = Layer.of(function, x, w, bias, class_axis, dtype)
     rows = x.shape[:-1]
-    weights, normalizer = _check_weights(function, weights, normalizer, rows, reduction, layer)
+    weights, normalizer = check_weights(function, weights, normalizer, rows, reduction, layer)
     given = dict(label_smoothing=label_smoothing, class_weights=class_weights, logit_cap=logit_cap, z_loss=z_loss)
     shards = ClassShards(layer.classes, _checks.mesh_axis(function, axis_name))
     options = Options.of(function, layer.sum_dtype, x.ndim, shards, given)
-    labelled, weights, skips = _labelled(
+    labelled, weights, skips = labelled_rows(
         function, layer, rows, labels, tail, ignore_index, class_mask, where, weights, options, shards
     )
     if reduction == "mean" and normalizer is None:
-        normalizer = _mean_divisor(layer, rows, options, weights, labelled[0], shards)
-    scale = _row_scale(reduction, weights, normalizer, rows, layer)
+        normalizer = mean_divisor(layer, rows, options, weights, labelled[0], shards)
+    scale = row_scale(reduction, weights, normalizer, rows, layer)
     if recompute is None:
         recompute = reduction == "none" or (w.dtype.itemsize < layer.sum_dtype.itemsize and layer.devices == 1)
     loss_of = compiled_once(_loss_of, 7, shards)
@@ -320,124 +329,3 @@ def _loss_of(
     rows = selection._replace(class_mask=None, row_mask=None if skips else selection.row_mask), targets, listed
     by_rows = functools.partial(_by_rows, loss_of_block, False, reduction, block_size, layer, parts)
     return by_rows(x, w, bias, rows, of_blocks.row_mask, scale)[0]
-
-
-def _labelled(
-    function, layer: Layer, rows, labels, tail, ignore_index, class_mask, where, weights, options: Options, shards
-) -> tuple[tuple[Selection, Array | None, Any], Array | None, bool]:
-    """(`Selection`, dense targets, what `loss_of_rows` takes of listed classes); the weights; if blocks are to skip."""
-    pair = isinstance(labels, tuple)
-    if pair and len(labels) != 2:
-        raise _checks.value_error(function, "labels", f"a tuple of {len(labels)}", "(class_ids, targets)")
-    if tail and not pair:
-        raise _checks.value_error(function, "tail", "True", "it with labels (class_ids, targets)")
-    masks = class_mask, ignore_index, where, weights
-    labels = _checks.as_array(function, "labels", labels) if isinstance(labels, list) else labels
-    if not pair and not jnp.issubdtype(getattr(labels, "dtype", jnp.int32), jnp.floating):
-        labels = _checks.integer(function, "labels", labels)
-        _checks.shape(function, "labels", labels, rows, "one label for each row of x")
-        selection, weights, skips = selected(function, rows, labels, *masks, shards)
-        return (selection, None, None), weights, skips
-    if ignore_index is not None:
-        raise _checks.value_error(function, "ignore_index", f"{ignore_index!r}", "None, unless labels are integers")
-    selection, weights, skips = selected(function, rows, None, *masks, shards)
-    if pair:
-        ids, t = top_k_labels(function, labels[0], labels[1], rows)
-        selection, listed = listed_classes(ids, t.astype(layer.sum_dtype), tail, options, selection, shards)
-        return (selection, None, listed), weights, skips
-    targets = _checks.shape(function, "labels", jnp.asarray(labels), (*rows, shards.local), "a target for each class")
-    targets = targets.astype(layer.sum_dtype) if targets.dtype == jnp.float64 else targets
-    return (selection, targets, None), weights, skips
-
-
-def selected(
-    function, rows, labels, class_mask, ignore_index, where, weights, shards
-) -> tuple[Selection, Array | None, bool]:
-    """The `Selection` of a head; the weights, 0 for rows that do not count; and whether blocks are to skip those rows.
-
-    If all classes are masked (`some` is False), no row counts. Then nothing is masked on the way, as a softmax of no
-    class is NaN: all classes are computed, and the results are set to 0.
-    """
-    kept = [] if ignore_index is None else [~_labels.ignored(function, labels, ignore_index)]
-    row_mask, weights = _rows_that_count(function, where, weights, kept, rows)
-    skips = row_mask is not None
-    if class_mask is not None:
-        class_mask = _checks.boolean(function, "class_mask", class_mask)
-        _checks.shape(function, "class_mask", class_mask, (shards.local,), "one bool for each class of w")
-        some = shards.total(class_mask.any().astype(jnp.int32)) > 0
-        class_mask = jnp.expand_dims(class_mask | ~some, range(len(rows)))
-        row_mask = jnp.broadcast_to(some, rows) if row_mask is None else row_mask & some
-    labels = None if labels is None else _labels.class_ids(labels, class_mask, row_mask, shards)
-    return Selection(labels, class_mask, row_mask), weights, skips
-
-
-def for_blocks(x: Array, selection: Selection, skips: bool) -> tuple[Array, Selection]:
-    """x and `selection` as blocks take them. If they skip rows, they are given the row mask, and leave those out.
-
-    Else they are given none, and x is 0 in masked rows: a NaN there, times a gradient of 0, would reach dw.
-    """
-    if skips or selection.row_mask is None:
-        return x, selection
-    return jnp.where(selection.row_mask[..., None], x, 0), selection._replace(row_mask=None)
-
-
-def _rows_that_count(function, where, weights, kept, rows) -> tuple[Array | None, Array | None]:
-    """Which rows are neither masked nor of weight 0 (None: all), and the weights, 0 for the others."""
-    if where is not None:
-        where = _checks.boolean(function, "where", where)
-        kept = [*kept, _checks.shape(function, "where", where, rows, "True for each row of x that takes part")]
-    if weights is not None:
-        kept = [*kept, weights != 0]
-    if not kept:
-        return None, None
-    row_mask = functools.reduce(jnp.logical_and, kept)
-    return row_mask, None if weights is None else jnp.where(row_mask, weights, 0)
-
-
-def _mean_divisor(layer: Layer, rows, options: Options, weights, selection: Selection, shards: ClassShards) -> Array:
-    divisor = jnp.ones(rows, layer.sum_dtype) if weights is None else weights
-    if options.class_weights is not None and selection.labels is not None:
-        class_weight = _labels.label_weight(selection.labels, options.class_weights, selection.row_mask, shards)
-        divisor = divisor * class_weight
-    return jnp.sum(divisor if selection.row_mask is None else jnp.where(selection.row_mask, divisor, 0))
-
-
-def check_options(function, reduction, class_axis, dtype, block_size) -> tuple[int, Any, int | None]:
-    _checks.one_of(function, "reduction", reduction, ("mean", "sum", "none"), "'mean', 'sum' or 'none'")
-    wanted = "-1 for w [D, K] or 0 for w [K, D]"
-    class_axis = _checks.index(function, "class_axis", class_axis, wanted)
-    _checks.one_of(function, "class_axis", class_axis, (-1, 0), wanted)
-    try:
-        dtype = None if dtype is None else jax.dtypes.canonicalize_dtype(dtype)
-        fits = dtype is None or jnp.issubdtype(dtype, jnp.floating)
-    except TypeError:
-        fits = False
-    if not fits:
-        raise _checks.type_error(function, "dtype", repr(dtype), "a floating dtype")
-    if block_size is not None:
-        block_size = _checks.index(function, "block_size", block_size, "a positive int")
-        if block_size < 1:
-            raise _checks.value_error(function, "block_size", repr(block_size), "a positive int")
-    return class_axis, dtype, block_size
-
-
-def _check_weights(function, weights, normalizer, lead, reduction, layer):
-    if weights is not None:
-        weights = _checks.real(function, "weights", weights).astype(layer.sum_dtype)
-        _checks.shape(function, "weights", weights, lead, "one weight for each row of x")
-    if normalizer is not None:
-        if reduction != "mean":
-            raise _checks.value_error(function, "normalizer", f"given with reduction={reduction!r}", "it with 'mean'")
-        normalizer = _checks.scalar(function, "normalizer", normalizer, layer.sum_dtype)
-    return weights, normalizer
-
-
-def _row_scale(reduction, weights, normalizer, lead, layer):
-    """g, what each row's loss is multiplied by. Here, not after the sum, so that gradients need no second scaling."""
-    if reduction == "none":
-        return weights
-    scale = jnp.ones(lead, layer.sum_dtype) if weights is None else weights
-    if reduction == "sum":
-        return scale
-    divisor = scale.sum() if normalizer is None else normalizer
-    return jnp.where(divisor == 0, 0, scale / jnp.where(divisor == 0, 1, divisor))

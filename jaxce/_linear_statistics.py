@@ -9,7 +9,8 @@ from jax.typing import ArrayLike, DTypeLike
 from . import _checks
 from ._checks import Arrays
 from ._class_blocks import class_blocked_rows
-from ._linear import check_options, compiled_once, for_blocks, selected
+from ._linear import compiled_once
+from ._linear_arguments import check_options, for_blocks, selected
 from ._losses import LabelStatistics, statistics_of
 from ._matmuls import Inputs, Layer
 from ._options import Options, Selection, Values
