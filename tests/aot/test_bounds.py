@@ -92,7 +92,7 @@ LOSSES = [
     pytest.param(problem, name, target, marks=() if (problem, name) in QUICK_LOSSES or fast else slow)
     for problem in LOGITS_DTYPES
     for name in LIMITS
-    for target, fast in (("H100", problem == "logits"), ("TPU v5e", False))
+    for target, fast in (("H100", problem == "logits" and name != "jaxce, top-k labels"), ("TPU v5e", False))
 ]
 
 
