@@ -57,8 +57,22 @@ def test_losses_of_logits_need_no_array_of_their_size(target, loss, dtype):
         assert temp_mib(f, arguments, target) <= 39 / 4
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("name", ["linear_cross_entropy", "recompute", "per row", "fused_linear"])
+PATHS = [  # the slow ones are loops of others again: the default is rows in float32, classes in bfloat16
+    pytest.param(name, dtype, marks=slow if again else ())
+    for name, dtype, again in [
+        ("linear_cross_entropy", jnp.float32, False),
+        ("linear_cross_entropy", jnp.bfloat16, False),
+        ("recompute", jnp.float32, False),
+        ("recompute", jnp.bfloat16, True),
+        ("per row", jnp.float32, True),
+        ("per row", jnp.bfloat16, False),
+        ("fused_linear", jnp.float32, True),
+        ("fused_linear", jnp.bfloat16, False),
+    ]
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), PATHS)
 @pytest.mark.parametrize("target", TARGETS)
 def test_losses_of_a_linear_layer_hold_a_block_of_logits(target, name, dtype):
     tokens, classes = 8 * SMALL[0], SMALL[1]  # four blocks of rows
