@@ -20,6 +20,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from . import _checks
 from ._autodiff import with_backward, with_gradients
+from ._batching import maps_as_rows, with_batch_as_rows
 from ._checks import Arrays
 from ._class_blocks import class_blocked_rows
 from ._elementary import weighted
@@ -286,8 +287,6 @@ def linear_cross_entropy(
     if reduction == "mean" and normalizer is None:
         normalizer = mean_divisor(layer, rows, options, weights, labelled[0], shards)
     scale = row_scale(reduction, weights, normalizer, rows, layer)
-    if recompute is None:
-        recompute = reduction == "none" or (w.dtype.itemsize < layer.sum_dtype.itemsize and layer.devices == 1)
     loss_of = compiled_once(_loss_of, 7, shards)
     loss_of = functools.partial(loss_of, layer, shards, recompute, skips, reduction, block_size, row_parts(x))
     axes = len(rows) if reduction == "none" else 0
@@ -295,9 +294,41 @@ def linear_cross_entropy(
 
 
 def _loss_of(
-    layer: Layer, shards, by_classes, skips, reduction, block_size, parts, x, w, bias, labelled, scale, options
+    layer: Layer, shards, recompute, skips, reduction, block_size, parts, x, w, bias, labelled, scale, options
 ):
-    """Each loss times `scale`, or their sum. The loss is ordinary JAX of the rows' numbers."""
+    """Each loss times `scale`, or their sum. Mapped over x, by classes unless `recompute` is False."""
+    by_classes = recompute
+    if recompute is None:
+        by_classes = reduction == "none" or (w.dtype.itemsize < layer.sum_dtype.itemsize and layer.devices == 1)
+    static = layer, shards, skips, block_size
+    if not maps_as_rows(layer, shards, x, w):
+        return _blocked(*static, by_classes, reduction, parts, x, w, bias, labelled, scale, options)
+
+    def losses(by_classes, reduction, shared, by_row):
+        (w, bias, options, class_mask), (x, (selection, *others), scale) = shared, by_row
+        class_mask, class_weights = jax.tree.map(
+            lambda a: a.reshape(*[1] * (x.ndim - 1), -1), (class_mask, options.class_weights)
+        )
+        labelled = selection._replace(class_mask=class_mask), *others
+        options = options._replace(class_weights=class_weights)
+        return _blocked(*static, by_classes, reduction, row_parts(x), x, w, bias, labelled, scale, options)
+
+    def folded(shared, by_row):
+        return with_batch_as_rows(functools.partial(losses, recompute is not False, "none"), folded)(shared, by_row)
+
+    def of_batch(shared, by_row):
+        losses = folded(shared, by_row)
+        return losses if reduction == "none" else losses.sum(range(1, losses.ndim))
+
+    shared, selection = (w, bias, options, labelled[0].class_mask), labelled[0]._replace(class_mask=None)
+    loss = with_batch_as_rows(functools.partial(losses, by_classes, reduction), of_batch)
+    return loss(shared, (x, (selection, *labelled[1:]), scale))
+
+
+def _blocked(
+    layer: Layer, shards, skips, block_size, by_classes, reduction, parts, x, w, bias, labelled, scale, options
+):
+    """The loss is ordinary JAX of the rows' numbers."""
     everything = x, w, bias, labelled, scale, options
     axes = mesh_axes(everything) - mesh_axes(shards.first())
     x, w, bias, (selection, targets, listed), scale, options = varying_over(axes, everything)
