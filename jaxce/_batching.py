@@ -8,31 +8,37 @@ mapped has a gradient for each example, and is mapped as any function.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from ._matmuls import Layer
-from ._sharding import ClassShards, in_shard_map
+from ._sharding import in_shard_map
 
 
-def maps_as_rows(layer: Layer, shards: ClassShards, x: Array, w: Array) -> bool:
+def maps_as_rows(layer: Layer, x: Array, w: Array) -> bool:
     """On one device. On several, and in `jax.shard_map`, the batch may be split otherwise than rows."""
-    return layer.devices == 1 and shards.axis_name is None and not in_shard_map(x) and not in_shard_map(w)
+    return layer.devices == 1 and not in_shard_map(x) and not in_shard_map(w)
 
 
-def with_batch_as_rows(f: Callable[[Any, Any], Any], folded: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """`f(shared, by_row)`, of pytrees of arrays, to be mapped as `folded`. Neither may close over arrays.
+def with_batch_as_rows(f: Callable, of_each: Callable | None = None, reduced: Callable = lambda out: out) -> Callable:
+    """`f(shared, by_row)`, of pytrees of arrays. Mapped it is `reduced(of_each(shared, by_row))`, with one axis of rows
+    more, the first. `of_each`, by default `f`, returns what is of each row, and is mapped as itself.
 
-    Where the first leaf of `by_row` is mapped and nothing of `shared` is, all leaves of `by_row` get the batch as first
-    axis, and `folded` returns the results of `f` with it.
+    That is where the first leaf of `by_row` is mapped, and nothing of `shared`. `f` must not close over arrays that are
+    mapped; if it closes over a tracer, which we cannot know, it stays as it is. So it does if it has effects.
     """
+    of_each = of_each or f
+
+    def folded(shared, by_row):
+        return reduced(with_batch_as_rows(of_each)(shared, by_row))
 
     def call(shared, by_row):
         args, treedef = jax.tree.flatten((shared, by_row))
         closed, out = jax.make_jaxpr(lambda *args: f(*jax.tree.unflatten(treedef, args)), return_shape=True)(*args)
+        if closed.effects or any(isinstance(c, jax.core.Tracer) for c in closed.consts):
+            return f(shared, by_row)
 
         def batched(args, dims):
             """The results, mapped along their first axis; None to map `f` as it is."""

@@ -85,6 +85,9 @@ def fused_linear(
         TypeError: a dtype is wrong, here or when `f` is called.
         ValueError: a shape or an option is wrong, there is no class, or `normalizer` is given without a mean.
 
+    On one device `jax.vmap` of `f` over x, w not mapped, makes the batch rows, unless `loss_fn` closes over tracers: then
+    logits, and a gradient of w, are made for each example.
+
     Inside `jax.shard_map` (with check_vma=True) rows, classes or both may be split. `loss_fn` then sees its shard's
     logits, and reduces over the classes' mesh axis itself, as this package's losses do by `axis_name`. Gradients are
     summed over shards as the types say. To differentiate a closed-over array that shards share, `jax.lax.pcast` it.
@@ -122,7 +125,7 @@ def fused_linear(
         if weights is None and row_mask is not None and reduction != "none":
             weights = row_mask.astype(layer.sum_dtype)
         scale = row_scale(reduction, weights, normalizer, lead, layer)
-        blocked = functools.partial(by_rows, layer, row_parts(x))
+        blocked = functools.partial(by_rows, layer)
         axes = len(lead) if reduction == "none" else 0, len(lead)
         out, aux = in_auto(blocked, x, axes, x, w, bias, row_args, row_mask, scale)
         return (out, aux) if has_aux else out
@@ -154,7 +157,24 @@ def _holds_nothing(f: Callable[..., Any]) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _compiled_by_rows(*static):
-    return jax.jit(functools.partial(_by_rows, *static), static_argnums=(0, 1), inline=True)
+    return jax.jit(functools.partial(_of_rows, *static), static_argnums=0, inline=True)
+
+
+def _of_rows(loss_fn, has_aux: bool, reduction, block_size, layer: Layer, x, w, bias, row_args, row_mask, scale):
+    """`_by_rows`. Mapped over x, the losses of each row are added up after."""
+
+    def of(reduction, shared, by_row):
+        (w, bias), (x, row_args, row_mask, scale) = shared, by_row
+        static = loss_fn, has_aux, reduction, block_size, layer, row_parts(x)
+        return _by_rows(*static, x, w, bias, row_args, row_mask, scale)
+
+    def sums(out):
+        losses, aux = out
+        return losses if reduction == "none" else losses.sum(range(1, losses.ndim)), aux
+
+    f = functools.partial(of, reduction)
+    f = with_batch_as_rows(f, functools.partial(of, "none"), sums) if maps_as_rows(layer, x, w) else f
+    return f((w, bias), (x, row_args, row_mask, scale))
 
 
 def _by_rows(loss_fn, has_aux: bool, reduction, block_size, layer: Layer, parts, x, w, bias, row_args, row_mask, scale):
@@ -258,8 +278,8 @@ def linear_cross_entropy(
         loss and gradients are 0. In other rows a label that is invalid, or of a masked class, makes the loss NaN;
         `check_labels` finds those out of range.
 
-        `jax.vmap` over x makes logits, and a gradient of w, for each example. Leading axes of x, and reduction="none",
-        do not.
+        On one device `jax.vmap` over x, w not mapped, makes the batch rows: blocks are of all rows, and w has one
+        gradient. A gradient taken inside `jax.vmap` is one for each example.
 
     Raises:
         TypeError: a dtype is wrong.
@@ -301,7 +321,7 @@ def _loss_of(
     if recompute is None:
         by_classes = reduction == "none" or (w.dtype.itemsize < layer.sum_dtype.itemsize and layer.devices == 1)
     static = layer, shards, skips, block_size
-    if not maps_as_rows(layer, shards, x, w):
+    if shards.axis_name is not None or not maps_as_rows(layer, x, w):
         return _blocked(*static, by_classes, reduction, parts, x, w, bias, labelled, scale, options)
 
     def losses(by_classes, reduction, shared, by_row):
@@ -313,15 +333,12 @@ def _loss_of(
         options = options._replace(class_weights=class_weights)
         return _blocked(*static, by_classes, reduction, row_parts(x), x, w, bias, labelled, scale, options)
 
-    def folded(shared, by_row):
-        return with_batch_as_rows(functools.partial(losses, recompute is not False, "none"), folded)(shared, by_row)
-
-    def of_batch(shared, by_row):
-        losses = folded(shared, by_row)
+    def sums(losses):
         return losses if reduction == "none" else losses.sum(range(1, losses.ndim))
 
+    of_each = functools.partial(losses, recompute is not False, "none")
+    loss = with_batch_as_rows(functools.partial(losses, by_classes, reduction), of_each, sums)
     shared, selection = (w, bias, options, labelled[0].class_mask), labelled[0]._replace(class_mask=None)
-    loss = with_batch_as_rows(functools.partial(losses, by_classes, reduction), of_batch)
     return loss(shared, (x, (selection, *labelled[1:]), scale))
 
 

@@ -83,7 +83,7 @@ def _statistics(
     layer: Layer, shards, skips, block_size, x: Array, w, bias, selection: Selection, cap
 ) -> LabelStatistics:
     static = layer, shards, skips, block_size
-    if not maps_as_rows(layer, shards, x, w):
+    if shards.axis_name is not None or not maps_as_rows(layer, x, w):
         return _blocked(*static, x, w, bias, selection, cap)
 
     def statistics(shared, by_row):
@@ -91,10 +91,9 @@ def _statistics(
         class_mask = None if class_mask is None else class_mask.reshape(*[1] * (x.ndim - 1), -1)
         return _blocked(*static, x, w, bias, selection._replace(class_mask=class_mask), cap)
 
-    def folded(shared, by_row):
-        return with_batch_as_rows(statistics, folded)(shared, by_row)
-
-    return folded((w, bias, selection.class_mask, cap), (x, selection._replace(class_mask=None)))
+    return with_batch_as_rows(statistics)(
+        (w, bias, selection.class_mask, cap), (x, selection._replace(class_mask=None))
+    )
 
 
 def _blocked(layer: Layer, shards, skips, block_size, x: Array, w, bias, selection: Selection, cap) -> LabelStatistics:

@@ -1,5 +1,6 @@
 """fused_linear and linear_cross_entropy against the formulas with all the logits, in float64."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from jaxce import (
     fused_linear,
     linear_cross_entropy,
+    linear_label_statistics,
     softmax_cross_entropy,
     softmax_cross_entropy_with_top_k_labels,
 )
@@ -285,6 +287,66 @@ def test_gradient_accumulation_equals_one_batch(recompute):
     dw = jax.jit(jax.grad(loss, 1))
     parts = [dw(x[i : i + 6], w, labels[i : i + 6], normalizer=7) for i in (0, 6)]
     assert_all_close(parts[0] + parts[1], dw(x, w, labels))
+
+
+def of_teacher(logits, labels, teacher):
+    return softmax_cross_entropy(logits, teacher) ** 2 + jnp.asarray(labels, logits.dtype) * logits[:, 2]
+
+
+OF_A_ROW: dict[str, Callable] = {  # of (x, w), and row arguments
+    "integer": lambda x, w, y, t, m, s: linear_cross_entropy(
+        x, w, y, weights=s, where=m, bias=w[0], class_weights=w[1] ** 2, label_smoothing=0.1, class_mask=MASK
+    ),
+    "sum by rows": lambda x, w, y, t, m, s: linear_cross_entropy(
+        x, w, y, weights=s, reduction="sum", recompute=False, logit_cap=w[0, 0] ** 2 + 1, block_size=3
+    ),
+    "none": lambda x, w, y, t, m, s: linear_cross_entropy(x, w, y, where=m, reduction="none", class_mask=MASK).sum(),
+    "dense": lambda x, w, y, t, m, s: linear_cross_entropy(x, w, t, weights=s, class_weights=w[1] ** 2),
+    "top k": lambda x, w, y, t, m, s: linear_cross_entropy(
+        x, w, (jnp.stack([y, y * 0], -1), t[..., :2]), weights=s, tail=True, class_weights=w[1] ** 2
+    ),
+    "any loss": lambda x, w, y, t, m, s: fused_linear(of_teacher)(x, w, y, t, weights=s, where=m, bias=w[0]),
+    "any losses": lambda x, w, y, t, m, s: fused_linear(of_teacher, reduction="none", block_size=3)(
+        x, w, y, t, weights=s
+    ).sum(),
+    "a loss that closes over w": lambda x, w, y, t, m, s: fused_linear(
+        lambda z, t: of_teacher(z, y[0], t) * w[1].sum(), reduction="sum"
+    )(x, w, t),
+    "statistics": lambda x, w, y, t, m, s: sum(
+        (s * a).sum() for a in linear_label_statistics(x, w, y, where=m, class_mask=MASK, bias=w[0])[:3]
+    ),
+}
+MASK = jnp.arange(20) != 7
+
+
+@pytest.mark.parametrize("head_", OF_A_ROW)
+def test_vmap_is_the_head_of_each_example(x64, head_):
+    """Over x and all row arguments, as one batch; and over every second one, twice."""
+    x, w, labels = head((4, 5), 6, 20, "float64")
+    labels = jnp.where(labels == 7, 8, labels)
+    targets = jax.nn.softmax(jnp.sin(jnp.arange(400.0))).reshape(4, 5, 20)
+    rows = x, labels, targets, labels % 3 > 0, 1 + jnp.sin(x[..., 0])
+
+    def of_each(x, w, *rows):
+        return OF_A_ROW[head_](x, w, *rows)
+
+    def one_by_one(w, rows):
+        return jnp.stack([of_each(x, w, *others) for x, *others in zip(*rows, strict=True)])
+
+    def mapped(w, rows):
+        return jax.vmap(of_each, (0, None, 0, 0, 0, 0))(rows[0], w, *rows[1:])
+
+    def twice(w, rows):
+        rows = jax.tree.map(lambda a: a.reshape(2, 2, *a.shape[1:]).swapaxes(0, 1), rows)
+        inner = jax.vmap(lambda x, others: of_each(x, w, *others))
+        return jax.vmap(inner, 1, 1)(rows[0], rows[1:]).T.ravel()
+
+    def all_of(f):
+        return f(w, rows), jax.grad(lambda w, x: jnp.sin(f(w, (x, *rows[1:]))).sum(), (0, 1))(w, x)
+
+    wanted = all_of(one_by_one)
+    assert_all_close(all_of(mapped), wanted)
+    assert_all_close(all_of(twice), wanted)
 
 
 def test_reductions_agree_and_leading_axes_are_kept():
