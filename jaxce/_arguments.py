@@ -45,7 +45,7 @@ def labelled_rows(
     if ignore_index is not None:
         kept = ~_labels.ignored(function, y, ignore_index)
         row_mask = kept if row_mask is None else row_mask & kept
-    y = _labels.class_ids(y, selection.class_mask, row_mask, shards)
+    y = _labels.validated(y, selection.class_mask, row_mask, shards)
     return z, Selection(y, selection.class_mask, row_mask), shards
 
 

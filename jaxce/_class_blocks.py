@@ -40,7 +40,7 @@ def max_classes(layer: Layer, rows: int, block_size: int | None, arrays: int) ->
 
 
 def _arrays(with_entropy: bool, selection: Selection) -> int:
-    return 5 if with_entropy else 1 if selection.class_ids is None else 2
+    return 5 if with_entropy else 1 if selection.listed_ids is None else 2
 
 
 def class_blocked_rows(
@@ -57,7 +57,7 @@ def class_blocked_rows(
     listed classes, the numbers of the other classes, and the logits [..., M] of those listed.
     """
     static = shards, block_size
-    inputs = varying_as(inputs, inputs, selection, shards.first())
+    inputs = varying_as(inputs, inputs, selection, shards.offset())
 
     def forward(arguments):
         def run(inputs, selection):
@@ -105,14 +105,14 @@ def _on_rows_that_count(layer: Layer, run, inputs: Inputs, selection: Selection,
         blocks = RowBlocks(lead, (1,) * len(lead), 1, -(-mask.size * share // SHARES[-1]))
 
         def of(inputs, selection, *by_row):
-            rows = inputs.x, selection.labels, selection.class_ids, *by_row
+            rows = inputs.x, selection.labels, selection.listed_ids, *by_row
             slices, take = blocks.cut(rows, selection.row_mask)
-            (x, labels, class_ids, *rows), new = take(jax.tree.map(lambda a: a[0], slices))
+            (x, labels, listed_ids, *rows), new = take(jax.tree.map(lambda a: a[0], slices))
             x = jnp.where(new[:, None], x, 0)  # what stands in may be masked itself, if no row counts
             if rows:
                 rows[-1] = jax.tree.map(lambda a: jnp.where(jnp.expand_dims(new, range(1, a.ndim)), a, 0), rows[-1])
             others, class_mask = jax.tree.map(lambda a: a.reshape(a.shape[-2:]), (inputs.others, selection.class_mask))
-            selected = Selection(labels, class_mask, class_ids=class_ids)
+            selected = Selection(labels, class_mask, listed_ids=listed_ids)
             out, rest = run(Inputs(x, inputs.w, inputs.bias, others), selected, *rows)
             if rest:
                 shaped = jax.tree.map(
@@ -139,16 +139,16 @@ def _block(layer: Layer, shards: ClassShards, inputs: Inputs, selection: Selecti
     ids = jnp.expand_dims(layer.take(shards.ids(), start, size), range(z.ndim - 1))
     values = jax.tree.map(take, inputs.others)._replace(logits=z)
     selection = selection._replace(class_mask=take(selection.class_mask), in_block=())
-    if selection.class_ids is not None:
-        part, place = jnp.divmod(selection.class_ids, layer.classes // layer.parts)
+    if selection.listed_ids is not None:
+        part, place = jnp.divmod(selection.listed_ids, layer.classes // layer.parts)
         here = (place >= start) & (place < start + size)
-        selection = selection._replace(class_ids=jnp.where(here, part * size + place - start, _labels.INVALID))
+        selection = selection._replace(listed_ids=jnp.where(here, part * size + place - start, _labels.INVALID))
     return w, values, selection, ids
 
 
 def _forward(layer: Layer, shards, block_size, inputs: Inputs, selection, with_entropy: bool):
     inputs = inputs._replace(w=gathered(inputs.w, 1 - layer.class_axis))
-    labels, class_ids = selection.labels, selection.class_ids
+    labels, listed_ids = selection.labels, selection.listed_ids
 
     @checkpointed
     def step(total, start, size):
@@ -165,13 +165,13 @@ def _forward(layer: Layer, shards, block_size, inputs: Inputs, selection, with_e
     nothing = single(zeros - jnp.inf, None if labels is None else zeros > 0, t, no_class)
     if labels is not None:
         nothing = nothing._replace(logit=jnp.where(labels == _labels.INVALID, jnp.nan, zeros))
-    listed = None if class_ids is None else jnp.broadcast_to(zeros[..., None], class_ids.shape)
+    listed = None if listed_ids is None else jnp.broadcast_to(zeros[..., None], listed_ids.shape)
     most = max_classes(layer, zeros.size, block_size, _arrays(with_entropy, selection))
     s, listed = over_classes(step, (nothing, listed), layer.classes // layer.parts, most)
     s = shards.joined(s)
     row, correct = _rule.row_of(s), None
     if with_entropy:  # floating, since in shard_map no integer can have the tangent that JAX expects
-        correct = ((s.first == labels) & ~jnp.isnan(row.loss)).astype(layer.sum_dtype)
+        correct = ((s.argmax == labels) & ~jnp.isnan(row.loss)).astype(layer.sum_dtype)
     out = (row, None) if listed is None else (row_of_others(row), shards.total(listed))
     return out, correct
 
@@ -190,9 +190,8 @@ def _backward(layer: Layer, shards, block_size, inputs: Inputs, selection, out, 
     def step(x_transposed, grads, start, size):
         w, values, selected, ids = _block(layer, shards, inputs, selection, start, size)
         (z, t), options_vjp = prepared_vjp(values, selected)
-        at_c = (row.log_sum < 0.5) & (z == row.shift) if selection.labels is None else _at(selection.labels, ids)
-        (dvalues,) = options_vjp(_rule.gradient(z, at_c, t, row, g_row))
-        if selected.class_ids is not None:
+        (dvalues,) = options_vjp(_rule.gradient(z, _at(selection.labels, ids), t, row, g_row))
+        if selected.listed_ids is not None:
             dvalues = listed_vjp(values, selected)[1](dvalues, g[1])
         dz = dvalues.logits
 

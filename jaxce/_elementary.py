@@ -18,6 +18,11 @@ _tanh = jax.custom_jvp(functools.partial(lax.tanh, accuracy=lax.AccuracyMode.HIG
 _tanh.defjvps(lambda tangent, _, u: tangent / _cosh(u) ** 2)  # for second derivatives with a cap
 
 
+def finite(m: Array) -> Array:
+    """A maximum, or the least finite number where it is −inf."""
+    return jnp.maximum(m, jnp.finfo(m.dtype).min)
+
+
 def product(a: Array, b: Array) -> Array:
     """a·b, and 0 where a is 0 and b infinite. No 0·inf is computed, which jax_debug_nans would report."""
     return a * jnp.where((a == 0) & jnp.isinf(b), 0, b)

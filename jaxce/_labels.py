@@ -38,7 +38,7 @@ def ignored(function: str, labels: Array, ignore_index: ArrayLike) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def class_ids(labels: Array, class_mask: Array | None, row_mask: Array | None, shards: ClassShards) -> Array:
+def validated(labels: Array, class_mask: Array | None, row_mask: Array | None, shards: ClassShards) -> Array:
     """Labels [...] as they are used inside."""
     labels = signed(labels)
     valid = (labels >= 0) & (labels < shards.classes)
@@ -51,7 +51,7 @@ def class_ids(labels: Array, class_mask: Array | None, row_mask: Array | None, s
 
 def local_index(labels: Array, shards: ClassShards) -> tuple[Array, Array]:
     """Where on this shard a label's class is, and whether it is here; 0 where it is not."""
-    index = labels - shards.first()
+    index = labels - shards.offset()
     here = (labels >= 0) & (index >= 0) & (index < shards.local)
     return jnp.where(here, index, 0), here
 

@@ -85,8 +85,8 @@ def fused_linear(
         TypeError: a dtype is wrong, here or when `f` is called.
         ValueError: a shape or an option is wrong, there is no class, or `normalizer` is given without a mean.
 
-    On one device `jax.vmap` of `f` over x, w not mapped, makes the batch rows, unless `loss_fn` closes over tracers: then
-    logits, and a gradient of w, are made for each example.
+    On one device `jax.vmap` of `f` over x, w not mapped, makes the batch rows. If `loss_fn` closes over tracers, there
+    are logits, and a gradient of w, for each example.
 
     Inside `jax.shard_map` (with check_vma=True) rows, classes or both may be split. `loss_fn` then sees its shard's
     logits, and reduces over the classes' mesh axis itself, as this package's losses do by `axis_name`. Gradients are
@@ -347,7 +347,7 @@ def _blocked(
 ):
     """The loss is ordinary JAX of the rows' numbers."""
     everything = x, w, bias, labelled, scale, options
-    axes = mesh_axes(everything) - mesh_axes(shards.first())
+    axes = mesh_axes(everything) - mesh_axes(shards.offset())
     x, w, bias, (selection, targets, listed), scale, options = varying_over(axes, everything)
 
     def values_of(logits, ndim, selection, targets, options):

@@ -59,7 +59,7 @@ def selected(
         some = shards.total(class_mask.any().astype(jnp.int32)) > 0
         class_mask = jnp.expand_dims(class_mask | ~some, range(len(rows)))
         row_mask = jnp.broadcast_to(some, rows) if row_mask is None else row_mask & some
-    labels = None if labels is None else _labels.class_ids(labels, class_mask, row_mask, shards)
+    labels = None if labels is None else _labels.validated(labels, class_mask, row_mask, shards)
     return Selection(labels, class_mask, row_mask), weights, skips
 
 

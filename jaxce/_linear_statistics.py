@@ -98,7 +98,7 @@ def _statistics(
 
 def _blocked(layer: Layer, shards, skips, block_size, x: Array, w, bias, selection: Selection, cap) -> LabelStatistics:
     everything = x, w, bias, selection, cap
-    x, w, bias, selection, cap = varying_over(mesh_axes(everything) - mesh_axes(shards.first()), everything)
+    x, w, bias, selection, cap = varying_over(mesh_axes(everything) - mesh_axes(shards.offset()), everything)
     x, of_blocks = for_blocks(x, selection, skips)
     inputs = Inputs(x, w, bias, Values(None, logit_cap=cap))
     row, correct = class_blocked_rows(layer, inputs, of_blocks, block_size, shards, with_entropy=True)

@@ -39,7 +39,7 @@ class Selection(NamedTuple):
     labels: Any = None  # [...] as in `_labels`
     class_mask: Any = None  # bool, broadcast against the logits; every row that counts has an unmasked class
     row_mask: Any = None  # [...] bool, the rows that count
-    class_ids: Any = None  # [..., M] as in `_listed`: classes of this shard that are listed, and left out of the sums
+    listed_ids: Any = None  # [..., M] as in `_listed`: classes of this shard that are listed, and left out of the sums
     in_block: tuple[()] | None = None  # () in a block of classes: a flag in the tree's structure, static under jit
 
     @property
@@ -100,8 +100,8 @@ def prepared(values: Values, selection: Selection) -> tuple[Array, Array | None]
     Masked classes get the logit −inf and the target 0; rows that do not count become all 0. What they held is replaced
     before anything is computed from it, or a NaN there would reach the gradients of the options.
     """
-    if selection.class_ids is not None:
-        others = ~is_listed(selection.class_ids, values.logits, selection.in_block is not None)
+    if selection.listed_ids is not None:
+        others = ~is_listed(selection.listed_ids, values.logits, selection.in_block is not None)
         mask = others if selection.class_mask is None else others & selection.class_mask
         selection = Selection(None, mask, selection.row_mask)
     mask, class_mask, row_mask = selection.mask, selection.class_mask, selection.row_mask
@@ -131,13 +131,13 @@ def prepared_vjp(values: Values, selection: Selection) -> tuple[tuple[Array, Arr
     """
 
     def alike(values):
-        z, t = prepared(values, selection._replace(class_ids=None))
+        z, t = prepared(values, selection._replace(listed_ids=None))
         return z, None if t is None else jnp.broadcast_to(t, z.shape)
 
     (z, t), vjp = jax.vjp(alike, values)
-    if selection.class_ids is None:
+    if selection.listed_ids is None:
         return (z, t), vjp
-    listed = is_listed(selection.class_ids, values.logits, selection.in_block is not None)
+    listed = is_listed(selection.listed_ids, values.logits, selection.in_block is not None)
     return (z, t), lambda cotangents: vjp(jax.tree.map(lambda a: jnp.where(listed, 0, a), cotangents))
 
 
@@ -146,8 +146,8 @@ def listed_vjp(values: Values, selection: Selection) -> tuple[Array, Callable[[V
 
     It adds to the gradient of `values`, in which that of the logits is 0 at the listed classes.
     """
-    here = is_here(selection.class_ids, values.logits.shape[-1])
-    index = jnp.where(here, selection.class_ids, 0)
+    here = is_here(selection.listed_ids, values.logits.shape[-1])
+    index = jnp.where(here, selection.listed_ids, 0)
     listed = jnp.take_along_axis(values.logits, index, -1, mode="promise_in_bounds")
 
     def seen(listed, cap):
@@ -157,7 +157,7 @@ def listed_vjp(values: Values, selection: Selection) -> tuple[Array, Callable[[V
 
     def added(dvalues, g):
         dlisted, dcap = vjp(g)
-        logits = added_at(dvalues.logits, selection.class_ids, dlisted, selection.in_block is not None)
+        logits = added_at(dvalues.logits, selection.listed_ids, dlisted, selection.in_block is not None)
         return dvalues._replace(logits=logits, logit_cap=None if dcap is None else dvalues.logit_cap + dcap)
 
     return z, added

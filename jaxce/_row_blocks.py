@@ -106,24 +106,24 @@ class RowBlocks(NamedTuple):
 
     def join(self, out: Any, row_mask: Array | None) -> Any:
         """[n, *parts, B, ...] as [*lead, ...], with 0 where masked."""
-        first, axes, n, size = len(self.part_axes), len(self.lead), self.blocks, self.size
+        axis, lead_axes, n, size = len(self.part_axes), len(self.lead), self.blocks, self.size
         out = jax.tree.map(
-            lambda a: jnp.moveaxis(a, 0, first).reshape(*self.part_axes, n * size, *a.shape[first + 2 :]), out
+            lambda a: jnp.moveaxis(a, 0, axis).reshape(*self.part_axes, n * size, *a.shape[axis + 2 :]), out
         )
         if row_mask is not None:
             out = self._taken(out, jnp.maximum(jnp.cumsum(self.by_parts(row_mask), -1) - 1, 0))
         elif again := n * size - self.part_rows:
             last = (n - 1) * size
-            kept = functools.partial(lax.slice_in_dim, axis=first)
-            out = jax.tree.map(lambda a: jnp.concatenate([kept(a, 0, last), kept(a, last + again, None)], first), out)
+            kept = functools.partial(lax.slice_in_dim, axis=axis)
+            out = jax.tree.map(lambda a: jnp.concatenate([kept(a, 0, last), kept(a, last + again, None)], axis), out)
 
         def by_lead(a):
-            rest = a.shape[first + 1 :]
+            rest = a.shape[axis + 1 :]
             a = a.reshape(*self.parts, *(length // p for p, length in zip(self.parts, self.lead, strict=True)), *rest)
-            a = jnp.moveaxis(a, range(axes), range(0, 2 * axes, 2)).reshape(*self.lead, *rest)
+            a = jnp.moveaxis(a, range(lead_axes), range(0, 2 * lead_axes, 2)).reshape(*self.lead, *rest)
             if row_mask is None:
                 return a
-            return jnp.where(jnp.expand_dims(row_mask, range(axes, a.ndim)), a, jnp.zeros((), a.dtype))
+            return jnp.where(jnp.expand_dims(row_mask, range(lead_axes, a.ndim)), a, jnp.zeros((), a.dtype))
 
         return jax.tree.map(by_lead, out)
 
@@ -203,37 +203,16 @@ def check_constants(closed: Any, inputs: Inputs, perturbed: Inputs) -> None:
 def _hoisted(
     function, layer: Layer, loss_fn, has_aux: bool, several: bool, blocks: RowBlocks, arguments, consts, traced: list
 ) -> Callable:
-    """The loss of one block as a function of `consts` too, to which is added what it closes over.
-
-    It returns (floating numbers, (other numbers, aux)). The first two have the structure that the loss returns, with
-    None for what is in the other. Unless `several`, there is one number, the losses.
-    """
-
-    def block_loss(logits, *rows):
-        out, size = loss_fn(logits, *rows), logits.shape[0]
-        pair = isinstance(out, tuple | list) and len(out) == 2
-        losses: Any = out[0] if has_aux and pair else out
-        aux = out[1] if has_aux and pair else None
-        leaves = jax.tree.leaves(losses) if several else [losses]
-        arrays = all(isinstance(a, Array | np.ndarray) and a.shape == (size,) for a in leaves)
-        floating = [arrays and jnp.issubdtype(a.dtype, jnp.floating) for a in leaves]
-        if not any(floating) or (not pair if has_aux else pair and not several):
-            got = ", ".join(map(_checks.described, leaves if several else [losses])) or "empty"
-            wanted = f"floating losses of shape ({size},), or with has_aux=True (losses, aux)"
-            wanted += ", or a pytree of such arrays" if several else ", or with reduction='none' a pytree"
-            raise _checks.value_error(function, "the result of loss_fn", got, wanted)
-        aux = jax.tree.map(lambda a: _checks.leading(function, "aux of loss_fn", a, (size,), "as x"), aux)
-        flags = jax.tree.unflatten(jax.tree.structure(losses), floating)
-        numbers = jax.tree.map(lambda a, f: jnp.asarray(a, layer.sum_dtype) if f else None, losses, flags)
-        return numbers, (jax.tree.map(lambda a, f: None if f else jnp.asarray(a), losses, flags), aux)
+    """`_block_loss` of one block as a function of `consts` too, to which is added what it closes over."""
 
     def of_one_block(x, w, bias, rows):
-        first = (*[0] * len(blocks.part_axes), slice(blocks.size))
-        x, rows = jax.tree.map(lambda a: blocks.by_parts(a)[first], (x, rows))
+        one_block = (*[0] * len(blocks.part_axes), slice(blocks.size))
+        x, rows = jax.tree.map(lambda a: blocks.by_parts(a)[one_block], (x, rows))
         return layer.logits(x, w, bias), *rows
 
     # Not built from shapes and dtypes: inside shard_map and Explicit meshes, types say more than these.
     block = jax.eval_shape(of_one_block, *arguments)
+    block_loss = functools.partial(_block_loss, function, layer, loss_fn, has_aux, several)
     closed, shapes = jax.make_jaxpr(block_loss, return_shape=True)(*block)
     treedef, known = jax.tree.structure(shapes), list(map(id, consts))
     new = [c for c in closed.consts if id(c) not in known]
@@ -249,6 +228,30 @@ def _hoisted(
         return jax.tree.unflatten(treedef, outs)
 
     return hoisted
+
+
+def _block_loss(function, layer: Layer, loss_fn, has_aux: bool, several: bool, logits, *rows):
+    """(floating numbers, (other numbers, aux)) of a block of logits [B, K], checked.
+
+    The first two have the structure that the loss returns, with None for what is in the other. Unless `several`, there
+    is one number, the losses.
+    """
+    out, size = loss_fn(logits, *rows), logits.shape[0]
+    pair = isinstance(out, tuple | list) and len(out) == 2
+    losses: Any = out[0] if has_aux and pair else out
+    aux = out[1] if has_aux and pair else None
+    leaves = jax.tree.leaves(losses) if several else [losses]
+    arrays = all(isinstance(a, Array | np.ndarray) and a.shape == (size,) for a in leaves)
+    floating = [arrays and jnp.issubdtype(a.dtype, jnp.floating) for a in leaves]
+    if not any(floating) or (not pair if has_aux else pair and not several):
+        got = ", ".join(map(_checks.described, leaves if several else [losses])) or "empty"
+        wanted = f"floating losses of shape ({size},), or with has_aux=True (losses, aux)"
+        wanted += ", or a pytree of such arrays" if several else ", or with reduction='none' a pytree"
+        raise _checks.value_error(function, "the result of loss_fn", got, wanted)
+    aux = jax.tree.map(lambda a: _checks.leading(function, "aux of loss_fn", a, (size,), "as x"), aux)
+    flags = jax.tree.unflatten(jax.tree.structure(losses), floating)
+    numbers = jax.tree.map(lambda a, f: jnp.asarray(a, layer.sum_dtype) if f else None, losses, flags)
+    return numbers, (jax.tree.map(lambda a, f: None if f else jnp.asarray(a), losses, flags), aux)
 
 
 def sweep(layer: Layer, plans: dict, skips: bool, inputs: Inputs, g: Any = None, perturbed: Any = None):

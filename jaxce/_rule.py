@@ -21,11 +21,10 @@ small as L, so that second derivatives stay accurate. In other rows m counts as 
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, tree
 
-from ._elementary import exp, expm1, log1p, product, times
+from ._elementary import exp, expm1, finite, log1p, product, times
 
 
 class Sums(NamedTuple):
@@ -37,7 +36,7 @@ class Sums(NamedTuple):
     mass: Any = None  # Σ_j t_j
     distance: Any = None  # Σ_j t_j (m − z_j)
     moment: Any = None  # Σ_j exp(z_j − m)(m − z_j)
-    first: Any = None  # the first class of logit m
+    argmax: Any = None  # the first class of logit m
 
     without_largest = property(lambda s: s.logit is None or s.moment is not None)
 
@@ -55,18 +54,18 @@ class Row(NamedTuple):
 
 def sums(z: Array, m: Array, at_label: Array | None, logit: Array | None, t=None, ids=None) -> Sums:
     """The `Sums` of logits z [..., K], about the shift m [...]. `ids`: the classes', for the entropy."""
-    shift = jnp.maximum(m[..., None], jnp.finfo(z.dtype).min)  # −inf − −inf would be NaN
-    largest, first = z == shift, None
+    shift = finite(m)[..., None]  # −inf − −inf would be NaN
+    largest, argmax = z == shift, None
     at_c, equals = (largest, largest.sum(-1, dtype=z.dtype) - 1) if at_label is None else (at_label, 0)  # as large as c
     if ids is not None:
-        first = jnp.where(largest, ids, jnp.iinfo(ids.dtype).max).min(-1)
-        at_c, equals = ids == first[..., None], 0
+        argmax = jnp.where(largest, ids, jnp.iinfo(ids.dtype).max).min(-1)
+        at_c, equals = ids == argmax[..., None], 0
     e = jnp.where(at_c, 0, exp(z - shift))
 
     def below(weight):  # Σ weight·(m − z). If z is a product, an FMA may make m − z nonzero at the largest.
         return jnp.where(largest, 0, product(weight, shift - z)).sum(-1)
 
-    s = Sums(m, e.sum(-1) + equals, logit, moment=None if ids is None else below(e), first=first)
+    s = Sums(m, e.sum(-1) + equals, logit, moment=None if ids is None else below(e), argmax=argmax)
     return s if t is None else s._replace(mass=jnp.broadcast_to(t.sum(-1), m.shape), distance=below(t))
 
 
@@ -85,11 +84,11 @@ def about(s: Sums, m: Array) -> Sums:
 def joined(a: Sums, b: Sums) -> Sums:
     """The `Sums` of two parts of a row together (classes, blocks or shards), at one exponential."""
     swap, tie = a.shift < b.shift, a.shift == b.shift
-    big, small = (jax.tree.map(lambda u, v: jnp.where(swap, v, u), *ab) for ab in ((a, b), (b, a)))
-    both = jax.tree.map(jnp.add, big, about(small, big.shift))  # but for shift, logit and first
-    first = None if a.first is None else jnp.where(tie, jnp.minimum(a.first, b.first), big.first)
+    big, small = (tree.map(lambda u, v: jnp.where(swap, v, u), *ab) for ab in ((a, b), (b, a)))
+    both = tree.map(jnp.add, big, about(small, big.shift))  # but for shift, logit and argmax
+    argmax = None if a.argmax is None else jnp.where(tie, jnp.minimum(a.argmax, b.argmax), big.argmax)
     logit = None if a.logit is None else a.logit + b.logit
-    return both._replace(shift=big.shift, logit=logit, first=first)
+    return both._replace(shift=big.shift, logit=logit, argmax=argmax)
 
 
 def row_of(s: Sums) -> Row:
@@ -105,14 +104,15 @@ def row_of(s: Sums) -> Row:
     return row
 
 
-def gradient(z: Array, at_c: Array, t: Array | None, row: Row, g: Row) -> tuple[Array, Array | None]:
+def gradient(z: Array, at_label: Array | None, t: Array | None, row: Row, g: Row) -> tuple[Array, Array | None]:
     """∂/∂z = A·o − g.loss·onehot(c) − g.target_loss·t − g.entropy·o·(log o + H), and ∂/∂t, of any classes [..., K].
 
     A = g.log_sum + g.loss + g.target_loss·a is `slope`. Sure rows add (g.shift − g.log_sum)·onehot(c). Numbers of rows
-    are [..., 1]; `row.loss` may be [..., K]: its entry at c counts. `at_c` marks the label, or the largest if sure.
+    are [..., 1]; `row.loss` may be [..., K]: its entry at c counts.
     """
     loss = row.log_sum if row.loss is None else row.loss  # −log o_c
     sure, o_c, q, at_others, dt = loss < 0.5, exp(-loss), expm1(-loss), 0, None  # q = o_c − 1, with all its digits
+    at_c = sure & (z == row.shift) if at_label is None else at_label  # without a label, the largest, if sure
     # At c each cotangent has its own term, in which nothing cancels: if sure, a·o_c − t is a·q + (a − t).
     slope, own = g.log_sum, g.shift * jnp.where(sure, 1, 0) + g.log_sum * jnp.where(sure, q, o_c)
     if row.loss is not None:
@@ -121,7 +121,7 @@ def gradient(z: Array, at_c: Array, t: Array | None, row: Row, g: Row) -> tuple[
         slope, at_others = slope + g.target_loss * row.mass, -g.target_loss * t
         own = own + g.target_loss * jnp.where(sure, row.mass * q + (row.mass - t), row.mass * o_c - t)
         dt = g.mass + times(g.target_loss, jnp.where((t == 0) & jnp.isneginf(z), 0, (row.shift - z) + row.log_sum))
-    e = jnp.where(at_c, 0, exp(z - jnp.maximum(row.shift, jnp.finfo(z.dtype).min)))  # as in `sums`, to XLA the same
+    e = jnp.where(at_c, 0, exp(z - finite(row.shift)))  # as in `sums`, to XLA the same
     # Added, not selected: after `_autodiff` transposed it twice, a select between sums would be two passes.
     dz = slope * exp(-row.log_sum) * e + jnp.where(at_c, own, at_others)
     if row.entropy is not None:

@@ -19,7 +19,7 @@ from jax import Array, lax
 
 from . import _labels
 from ._checks import known
-from ._elementary import exp
+from ._elementary import exp, finite
 from ._listed import is_here, zeroed_at
 from ._matmuls import selected_by_platform
 from ._options import Selection, Values, listed_vjp, prepared, statistics_dtype
@@ -39,7 +39,7 @@ def class_sums(shards: ClassShards, with_entropy, differentiated, values: Values
 
 def _on_accelerators(shards: ClassShards, with_entropy: bool, values: Values, selection: Selection) -> Sums:
     z, t = prepared(values, selection)
-    labels, ids = selection.labels, class_ids_like(z, shards) if with_entropy else None
+    labels, ids = selection.labels, class_iota(z, shards) if with_entropy else None
     if labels is None:
         return one_pass(z, None, t, ids)
     in_place = reads_label_in_place(values.logits)
@@ -72,7 +72,7 @@ def single(z: Array, at_label: Array | None, t: Array | None, ids: Array | None)
     logit = None if at_label is None else jnp.where(at_label, z, 0)
     rest = zero if at_label is None or ids is not None else jnp.where(at_label, zero, 1)
     distance, moment = None if t is None else zero, None if ids is None else zero
-    return Sums(shift=z, rest=rest, logit=logit, mass=t, distance=distance, moment=moment, first=ids)
+    return Sums(shift=z, rest=rest, logit=logit, mass=t, distance=distance, moment=moment, argmax=ids)
 
 
 def sums_of_block(on_cpu: bool, z: Array, at_label: Array | None, t: Array | None, ids: Array | None) -> Sums:
@@ -88,10 +88,10 @@ def _on_cpu(shards: ClassShards, with_entropy, differentiated, values: Values, s
     label_alone = selection.labels is not None and values.targets is None and not with_entropy
     if differentiated and label_alone and keeps_exponentials(values, selection):
         return separate((values, selection))
-    first = about_label if label_alone and shards.axis_name is None else None
-    if selection.class_ids is not None and values.targets is None:
-        first = about_listed
-    return in_row_blocks(separate, values.logits, (values, selection), first)
+    cheap = about_label if label_alone and shards.axis_name is None else None
+    if selection.listed_ids is not None and values.targets is None:
+        cheap = about_listed
+    return in_row_blocks(separate, values.logits, (values, selection), cheap)
 
 
 def _separate_passes(shards: ClassShards, with_entropy: bool, arguments: tuple[Values, Selection]) -> Sums:
@@ -99,13 +99,13 @@ def _separate_passes(shards: ClassShards, with_entropy: bool, arguments: tuple[V
     values = rounded_once(values)
     z, t = prepared(values, selection)
     m, logit, at_label = z.max(-1), None, None
-    if selection.class_ids is not None and t is None:
+    if selection.listed_ids is not None and t is None:
         return _sums_of_others(values, selection, m)[0]
     if selection.labels is not None:
         values, logit = label_logit(values, selection, m, shards)
         z, t = prepared(values, selection)  # again, as the logits are now behind a barrier
         at_label = is_label(selection.labels, z, shards)
-    return sums(z, m, at_label, logit, t, class_ids_like(z, shards) if with_entropy else None)
+    return sums(z, m, at_label, logit, t, class_iota(z, shards) if with_entropy else None)
 
 
 def about_label(arguments: tuple[Values, Selection]) -> tuple[Sums, Array]:
@@ -133,7 +133,7 @@ def about_listed(arguments: tuple[Values, Selection]) -> tuple[Sums, Array]:
     Test: test_top_k_labels_leave_little for the memory; the benchmark, top-k labels, for the time.
     """
     values, selection = arguments
-    here = is_here(selection.class_ids, values.logits.shape[-1])
+    here = is_here(selection.listed_ids, values.logits.shape[-1])
     listed = jnp.where(here, listed_vjp(values, selection)[0], -jnp.inf)
     m = lax.optimization_barrier(listed.max(-1, initial=-jnp.inf))
     s, total = _sums_of_others(values, selection, m)
@@ -142,9 +142,9 @@ def about_listed(arguments: tuple[Values, Selection]) -> tuple[Sums, Array]:
 
 def _sums_of_others(values: Values, selection: Selection, m: Array) -> tuple[Sums, Array]:
     """As `about_listed`, about m; and Σ exp(z − m). Masked before exp, logits would be one more array."""
-    z, _ = prepared(values, selection._replace(class_ids=None))
-    e = exp(z - jnp.maximum(m, jnp.finfo(z.dtype).min)[..., None])
-    total = zeroed_at(e, selection.class_ids).sum(-1)
+    z, _ = prepared(values, selection._replace(listed_ids=None))
+    e = exp(z - finite(m)[..., None])
+    total = zeroed_at(e, selection.listed_ids).sum(-1)
     shift = m + jnp.round(jnp.log(total))
     return Sums(shift, total * exp(m - shift) - 1, None), total
 
@@ -179,8 +179,8 @@ def listed_anew(selection: Selection) -> Selection:
     Remedy: a barrier has the bits of `is_listed` made anew.
     Test: test_a_loss_of_logits_reads_them_twice_and_writes_its_gradient, top-k labels.
     """
-    ids = selection.class_ids
-    return selection if ids is None else selection._replace(class_ids=lax.optimization_barrier(ids))
+    ids = selection.listed_ids
+    return selection if ids is None else selection._replace(listed_ids=lax.optimization_barrier(ids))
 
 
 def label_logit(values: Values, selection: Selection, m: Array, shards: ClassShards) -> tuple[Values, Array]:
@@ -232,13 +232,13 @@ def reads_label_in_place(logits: Array) -> bool:
     return devices(logits) > 1
 
 
-def class_ids_like(z: Array, shards: ClassShards) -> Array:
+def class_iota(z: Array, shards: ClassShards) -> Array:
     """The class of each logit. A comparison with an iota is part of the pass that uses it; a one-hot scatter is not."""
-    return shards.first() + lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1)
+    return shards.offset() + lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1)
 
 
 def is_label(labels: Array, z: Array, shards: ClassShards) -> Array:
-    return class_ids_like(z, shards) == labels[..., None]
+    return class_iota(z, shards) == labels[..., None]
 
 
 def rows_per_block(logits: Array) -> int | None:
@@ -254,11 +254,11 @@ def rows_per_block(logits: Array) -> int | None:
     return size if size < rows else None
 
 
-def in_row_blocks(f: Callable[[Any], Any], logits: Array, args: Any, first: Callable[[Any], Any] | None = None) -> Any:
+def in_row_blocks(f: Callable[[Any], Any], logits: Array, args: Any, cheap: Callable[[Any], Any] | None = None) -> Any:
     """`f(args)`, arrays of one number for each row of `logits` [..., K]. `f` sees all rows, or blocks of them.
 
     An array in `args` either has the leading axes of `logits`, or has size 1 there and serves all rows.
-    `first`, if given, makes the numbers of a block more cheaply, and says for which rows they are good: `f` sees the
+    `cheap`, if given, makes the numbers of a block more cheaply, and says for which rows they are good: `f` sees the
     blocks where not all are. This is never differentiated.
 
     Symptom: XLA on CPU materializes every intermediate. Buffers above 32 MiB are freshly mapped, and their page faults
@@ -270,10 +270,10 @@ def in_row_blocks(f: Callable[[Any], Any], logits: Array, args: Any, first: Call
     ones = (1,) * len(lead)
     if size is None or any(a.shape[: len(lead)] not in (lead, ones, ()) for a in jax.tree.leaves(args)):
         return f(args)
-    return _in_row_blocks(f, first, lead, size, args)
+    return _in_row_blocks(f, cheap, lead, size, args)
 
 
-def _in_row_blocks(f, first, lead: tuple[int, ...], size: int, args):
+def _in_row_blocks(f, cheap, lead: tuple[int, ...], size: int, args):
     rows = math.prod(lead)
     blocks = -(-rows // size)
 
@@ -290,17 +290,17 @@ def _in_row_blocks(f, first, lead: tuple[int, ...], size: int, args):
         return jnp.concatenate([a[:-1].ravel(), a[-1, blocks * size - rows :]]).reshape(lead)
 
     def numbers(i):
-        return f(block(i)) if first is None else _second_look(f, first, block, i, blocks)
+        return f(block(i)) if cheap is None else _second_look(f, cheap, block, i, blocks)
 
     return jax.tree.map(join, lax.map(numbers, jnp.arange(blocks, dtype=jnp.int32)))
 
 
-def _second_look(f, first, block, i, blocks):
+def _second_look(f, cheap, block, i, blocks):
     """Symptom: vmap turns a cond into both of its branches; and XLA moves out of a loop what does not depend on it.
     Remedy: a while_loop that runs at most once, whose step reads the index that it changes.
     Test: test_a_maximum_is_taken_at_a_second_look_only; for the index, test_large_logits_leave_no_temporary, gradient.
     """
-    numbers, good = first(block(i))
+    numbers, good = cheap(block(i))
 
     def again(state):
         _, i = state

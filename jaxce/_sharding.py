@@ -31,12 +31,12 @@ class ClassShards(NamedTuple):
     def classes(self) -> int:
         return self.local * (1 if self.axis_name is None else lax.axis_size(self.axis_name))
 
-    def first(self) -> Array | int:
+    def offset(self) -> Array | int:
         return 0 if self.axis_name is None else self.local * lax.axis_index(self.axis_name)
 
     def ids(self) -> Array:
         """The local classes [local], counted over all shards as labels are."""
-        return self.first() + jnp.arange(self.local, dtype=jnp.int32)
+        return self.offset() + jnp.arange(self.local, dtype=jnp.int32)
 
     def total(self, partial_sums: Any) -> Any:
         return partial_sums if self.axis_name is None else lax.psum(partial_sums, self.axis_name)
@@ -47,7 +47,7 @@ class ClassShards(NamedTuple):
         In `jax.shard_map(check_vma=True)`, whose types tell that `g` is the same on all shards, that is a copy of g,
         which varies as `like`, an addend, does. Elsewhere it is a sum over shards.
         """
-        return varying_as(g, like) if mesh_axes(self.first()) else self.total(g)
+        return varying_as(g, like) if mesh_axes(self.offset()) else self.total(g)
 
     def joined(self, s: Sums) -> Sums:
         """The `Sums` of all shards. Only numbers per row are communicated."""
@@ -57,12 +57,12 @@ class ClassShards(NamedTuple):
         here, moved = s.shift == m, about(s, m)
         if s.without_largest:  # each shard of largest m left one class out, all together leave out one
             moved = moved._replace(rest=jnp.where(here, s.rest, moved.rest))
-        moved = self.total(moved._replace(shift=None, first=None))
+        moved = self.total(moved._replace(shift=None, argmax=None))
         rest = moved.rest + (self.total(here.astype(m.dtype)) - 1) if s.without_largest else moved.rest
-        first = s.first
-        if first is not None:
-            first = lax.pmin(jnp.where(here, first, jnp.iinfo(first.dtype).max), self.axis_name)
-        return moved._replace(shift=m, rest=rest, first=first)
+        argmax = s.argmax
+        if argmax is not None:
+            argmax = lax.pmin(jnp.where(here, argmax, jnp.iinfo(argmax.dtype).max), self.axis_name)
+        return moved._replace(shift=m, rest=rest, argmax=argmax)
 
 
 def mesh_axes(*trees: Any) -> frozenset[Any]:

@@ -21,7 +21,7 @@ def row_statistics(values: Values, selection: Selection, shards: ClassShards, wi
     largest logits, else 0.0. With listed classes, the numbers of the others, and the logits [..., M] of those listed.
     """
     rule = _rule_of(shards, with_entropy)
-    values = varying_as(values, values, selection, shards.first())
+    values = varying_as(values, values, selection, shards.offset())
     return in_auto(rule, values.logits, values.logits.ndim - 1, values, selection)
 
 
@@ -33,8 +33,8 @@ def _rule_of(shards: ClassShards, with_entropy: bool, differentiated: bool = Fal
         s = shards.joined(_schedule.class_sums(shards, with_entropy, differentiated, values, selection))
         row, more = _rule.row_of(s), None
         if with_entropy:  # floating, since the outputs have cotangents
-            more = ((s.first == selection.labels) & ~jnp.isnan(row.loss)).astype(s.shift.dtype)
-        if selection.class_ids is not None:
+            more = ((s.argmax == selection.labels) & ~jnp.isnan(row.loss)).astype(s.shift.dtype)
+        if selection.listed_ids is not None:
             row, more = row_of_others(row), shards.total(listed_vjp(values, selection)[0])
         return row, more
 
@@ -60,18 +60,17 @@ def _backward(shards: ClassShards, values: Values, selection: Selection, row: Ro
         values, logit = _schedule.label_logit(values, selection, row.shift, shards)
     (z, t), options_vjp = prepared_vjp(values, selection)
     row, g, logit = jax.tree.map(lambda a: a[..., None], (row, shards.cotangents(g, z), logit))
-    if selection.class_ids is not None:
+    if selection.listed_ids is not None:
         # A listed class may be far above the shift, others are not. It is capped: exp would be inf, and inf·0 is NaN.
         z = jnp.where(z > row.shift + 1, row.shift + 1, z)
-    if labels is None:
-        at_c = (row.log_sum < 0.5) & (z == row.shift)
-    else:
-        at_c = _schedule.is_label(labels, z, shards)
+    at_label = None
+    if labels is not None:
+        at_label = _schedule.is_label(labels, z, shards)
         if in_place:
-            logit = _schedule.rounded_alike(jnp.where(at_c, z, row.shift), row.shift, values.logit_cap)
+            logit = _schedule.rounded_alike(jnp.where(at_label, z, row.shift), row.shift, values.logit_cap)
         row = row._replace(loss=_label_loss(row.shift, row.log_sum, logit))
-    (dvalues,) = options_vjp(_rule.gradient(z, at_c, t, row, g))
-    if selection.class_ids is not None:
+    (dvalues,) = options_vjp(_rule.gradient(z, at_label, t, row, g))
+    if selection.listed_ids is not None:
         dvalues = listed_vjp(values, selection)[1](dvalues, shards.cotangents(g_more, z))
     return dvalues
 

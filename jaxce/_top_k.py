@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from . import _checks, _labels
 from ._arguments import with_masks
 from ._checks import Arrays, Axes
-from ._elementary import product
+from ._elementary import finite, product
 from ._options import Options, Selection, Values, combined, statistics_dtype, with_uniform_targets
 from ._rule import Row
 from ._sharding import ClassShards
@@ -106,27 +106,27 @@ def listed_classes(
     class weights, and the target [...] of all others.
     """
     mask, row_mask = selection.class_mask, selection.row_mask
-    ids = _labels.class_ids(class_ids, None, None, shards)
+    ids = _labels.validated(class_ids, None, None, shards)
     t = targets if row_mask is None else jnp.where(row_mask[..., None], targets, 0)
     invalid = ((t != 0) & (ids == _labels.INVALID)).any(-1)
     if mask is not None:
-        ids = _labels.class_ids(ids, jnp.expand_dims(mask, -2), None, shards)
+        ids = _labels.validated(ids, jnp.expand_dims(mask, -2), None, shards)
     used = ids != _labels.INVALID
     used = used & (t != 0) if tail else used  # with a tail, padding (t = 0) must not take its class out of it
     t = jnp.where(used, t, 0)
 
-    # Equal ids: the first stands for all.
+    # Of equal ids one, the first, stands for all.
     same = (ids[..., None] == ids[..., None, :]) & used[..., None, :]
-    first = used & ~jnp.tril(same, -1).any(-1)
+    unique = used & ~jnp.tril(same, -1).any(-1)
     rest = _one_minus_sum(t) if tail else jnp.zeros(t.shape[:-1], t.dtype)
     rest = jnp.where(invalid, jnp.nan, rest)
-    t = jnp.where(same & first[..., None], t[..., None, :], 0).sum(-1)
+    t = jnp.where(same & unique[..., None], t[..., None, :], 0).sum(-1)
 
-    ids, weights = jnp.where(first, ids, _labels.INVALID), options.class_weights
+    ids, weights = jnp.where(unique, ids, _labels.INVALID), options.class_weights
     if weights is not None:
         weights = _labels.looked_up(weights[..., None, :], ids, shards)
     index, here = _labels.local_index(ids, shards)
-    return selection._replace(class_ids=jnp.where(here, index, _labels.INVALID)), (first, t, weights, rest)
+    return selection._replace(listed_ids=jnp.where(here, index, _labels.INVALID)), (unique, t, weights, rest)
 
 
 def _one_minus_sum(t: Array) -> Array:
@@ -147,10 +147,10 @@ def loss_of_rows(
     """The loss of each row. With listed classes, `row` is of the others, and `logits` [..., M] are of those listed."""
     if logits is None:
         return combined(row, options, selection, shards)
-    first, t, weights, rest = listed
+    unique, t, weights, rest = listed
     # Subtract the largest, a constant: the softmax is the same, and a shift of 1e4 does not round log_sum.
-    m = jnp.maximum(row.shift, jnp.where(first, logits, -jnp.inf).max(-1, initial=-jnp.inf))
-    m = lax.stop_gradient(jnp.maximum(m, jnp.finfo(m.dtype).min))
+    m = jnp.maximum(row.shift, jnp.where(unique, logits, -jnp.inf).max(-1, initial=-jnp.inf))
+    m = lax.stop_gradient(finite(m))
     z = jnp.concatenate([logits - m[..., None], ((row.shift - m) + row.log_sum)[..., None]], -1)
     share = options.label_smoothing
     if share is not None:
@@ -160,7 +160,7 @@ def loss_of_rows(
         t, rest = kept * t + share[..., None], kept * rest + share * row.mass
     t = t if weights is None else product(t, weights)
     t = jnp.concatenate([t, rest[..., None]], -1)
-    mask = jnp.concatenate([first, jnp.ones_like(rest, bool)[..., None]], -1)
+    mask = jnp.concatenate([unique, jnp.ones_like(rest, bool)[..., None]], -1)
     whole, _ = row_statistics(Values(z, t), Selection(None, mask, selection.row_mask), ClassShards(t.shape[-1]))
     loss = whole.target_loss if share is None else whole.target_loss + product(share, row.target_loss)
     whole = whole._replace(shift=whole.shift + m, target_loss=loss)
