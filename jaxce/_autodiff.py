@@ -64,7 +64,7 @@ def with_backward(forward: Callable, backward: Callable) -> Callable[[Any], Any]
         def pullback(residuals, g):
             return jax.tree.leaves(backward(*residuals, g, perturbed))
 
-        # Derivatives of the system would meet arrays that vary already, were `out` not made alike before.
+        # `transposed` marks all arrays as varying over the same mesh axes. For `out` that is too late in higher ones.
         residuals = inputs, varying_over(mesh_axes(inputs, out, _nonzero(tangents[0])), out)
         tangent = transposed(pullback, residuals, _nonzero(tangents[0]), out)
         return (out, aux), (tangent, jax.tree.map(zero_from_primal, aux))
@@ -83,8 +83,8 @@ def transposed(pullback: Callable, residuals: Any, tangents: list[Array], like: 
         [ 1  0] [x1]   [t]
         [−P  1] [x2] = [0]
 
-    JAX transposes it only if every part of the right-hand side is perturbed, or none; in derivatives of the system too.
-    So each part gets zeros added, or ones multiplied, that depend on all tangents and residuals (`_zeros_of`).
+    JAX fails if only some parts of the right-hand side have tangents; in derivatives of the system too. So each part is
+    made to depend on all tangents and residuals: zeros computed from them are added, or ones multiplied (`_zeros_of`).
     Test: test_blocks_of_classes_update_dw_in_place; without `_nothing`, test_cross_entropy_in_every_mode.
     """
     axes = mesh_axes(residuals, tangents, like)  # of every part: in `jax.shard_map` JAX makes them all alike

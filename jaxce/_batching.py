@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ._autodiff import of_perturbed
 from ._matmuls import Layer
 from ._sharding import in_shard_map
 
@@ -69,15 +70,8 @@ def _head():
 
     def jvp(primals, tangents, **params):
         perturbed = [not isinstance(t, ad.Zero) for t in tangents]
-
-        def of_perturbed(*values):
-            values = iter(values)
-            return evaluate(*(next(values) if p else a for p, a in zip(perturbed, primals, strict=True)), **params)
-
-        def chosen(all_of_them):
-            return tuple(a for a, p in zip(all_of_them, perturbed, strict=True) if p)
-
-        return jax.jvp(of_perturbed, chosen(primals), chosen(tangents))
+        f, values, _ = of_perturbed(functools.partial(evaluate, **params), primals, perturbed)
+        return jax.jvp(f, (values,), ([t for t in tangents if not isinstance(t, ad.Zero)],))
 
     def vmap(args, dims, **params):
         out = params["batched"](args, dims)

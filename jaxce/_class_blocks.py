@@ -20,7 +20,7 @@ from ._row_blocks import RowBlocks
 from ._rule import Row
 from ._schedule import single, sums_of_block
 from ._sharding import ClassShards, gathered, varying_as
-from ._softmax import row_of_others
+from ._softmax import is_correct, row_of_others
 
 
 def max_classes(layer: Layer, rows: int, block_size: int | None, arrays: int) -> int:
@@ -169,9 +169,8 @@ def _forward(layer: Layer, shards, block_size, inputs: Inputs, selection, with_e
     most = max_classes(layer, zeros.size, block_size, _arrays(with_entropy, selection))
     s, listed = over_classes(step, (nothing, listed), layer.classes // layer.parts, most)
     s = shards.joined(s)
-    row, correct = _rule.row_of(s), None
-    if with_entropy:  # floating, since in shard_map no integer can have the tangent that JAX expects
-        correct = ((s.argmax == labels) & ~jnp.isnan(row.loss)).astype(layer.sum_dtype)
+    row = _rule.row_of(s)
+    correct = is_correct(s, row, labels) if with_entropy else None
     out = (row, None) if listed is None else (row_of_others(row), shards.total(listed))
     return out, correct
 

@@ -316,7 +316,11 @@ def linear_cross_entropy(
 def _loss_of(
     layer: Layer, shards, recompute, skips, reduction, block_size, parts, x, w, bias, labelled, scale, options
 ):
-    """Each loss times `scale`, or their sum. Mapped over x, by classes unless `recompute` is False."""
+    """Each loss times `scale`, or their sum.
+
+    Mapped over x it is a sum for each example, of losses per row. Blocks of rows then need 4 matmuls too, so that they
+    are only for `recompute=False`.
+    """
     by_classes = recompute
     if recompute is None:
         by_classes = reduction == "none" or (w.dtype.itemsize < layer.sum_dtype.itemsize and layer.devices == 1)

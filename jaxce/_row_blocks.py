@@ -29,7 +29,7 @@ def max_rows(layer: Layer, features: int) -> int:
     On a CPU that is 19/B of the matmuls' time, so that B is at least 128. Beyond 512 little is gained. In between, the
     float32 logits of a block fit in 64 MiB, and in two thirds of what W takes.
 
-    On accelerators it is (4/3)·R/B of three matmuls, for a device whose peak is R times its bandwidth: 295 on an H100
+    On accelerators dW takes (4/3)·R/B of three matmuls, where a device's peak is R times its bandwidth: 295 on an H100
     and 240 on a TPU v5e; less where it is the matmul's epilogue. And a matmul of fewer than R rows is bound by reading
     W. B is 1024: of 2048 rows, a twentieth faster, the float32 logits alone would take 1 GiB for 128,256 classes.
     """
@@ -44,7 +44,7 @@ def row_parts(x: Array) -> tuple[int, ...]:
 
 
 class RowBlocks(NamedTuple):
-    """How arrays [*lead, ...] are split into n blocks [*parts, B, ...].
+    """How arrays [*lead, ...] are split into n blocks [*part_axes, B, ...].
 
     Without a sharding there are no parts; with one, each part gives every block an equal share of its rows (see
     `jaxce._sharding`). Where blocks do not divide the rows, the last one takes some of the block before again.
@@ -60,7 +60,9 @@ class RowBlocks(NamedTuple):
         rows = math.prod(lead)
         part_rows = rows // math.prod(parts)
         blocks = max(1, min(-(-rows // max_rows), part_rows)) if isinstance(rows, int) else 1
-        return cls(lead, parts, blocks, -(-part_rows // blocks))
+        size = -(-part_rows // blocks)
+        blocks = -(-part_rows // size) if blocks > 1 else 1  # fewer, where rounding up left none for the last ones
+        return cls(lead, parts, blocks, size)
 
     @property
     def part_axes(self) -> tuple[int, ...]:
@@ -71,7 +73,7 @@ class RowBlocks(NamedTuple):
         return math.prod(self.lead) // math.prod(self.parts)
 
     def by_parts(self, a: Array) -> Array:
-        """[*lead, ...] as [*parts, rows, ...]."""
+        """[*lead, ...] as [*part_axes, rows, ...]."""
         rest = a.shape[len(self.lead) :]
         divided = [n for p, length in zip(self.parts, self.lead, strict=True) for n in (p, length // p)]
         a = jnp.moveaxis(a.reshape(*divided, *rest), range(0, 2 * len(self.lead), 2), range(len(self.lead)))
@@ -105,7 +107,7 @@ class RowBlocks(NamedTuple):
         return jnp.arange(n), take
 
     def join(self, out: Any, row_mask: Array | None) -> Any:
-        """[n, *parts, B, ...] as [*lead, ...], with 0 where masked."""
+        """[n, *part_axes, B, ...] as [*lead, ...], with 0 where masked."""
         axis, lead_axes, n, size = len(self.part_axes), len(self.lead), self.blocks, self.size
         out = jax.tree.map(
             lambda a: jnp.moveaxis(a, 0, axis).reshape(*self.part_axes, n * size, *a.shape[axis + 2 :]), out
@@ -128,7 +130,7 @@ class RowBlocks(NamedTuple):
         return jax.tree.map(by_lead, out)
 
     def _blocks(self, a: Array) -> Array:
-        """[*parts, n·B, ...] as [n, *parts, B, ...]."""
+        """[*part_axes, n·B, ...] as [n, *part_axes, B, ...]."""
         axis = len(self.part_axes)
         return jnp.moveaxis(a.reshape(*self.part_axes, self.blocks, self.size, *a.shape[axis + 1 :]), axis, 0)
 
@@ -151,6 +153,7 @@ def sweep_of(
     The loss is made a function of what it closes over too, which the rules of differentiation could not see otherwise.
     (`jax.closure_convert` does so for floating tracers only; a closed-over integer tracer would leak.)
     """
+    # Filled by `_hoisted`, once for each size of block: what the loss closes over, and its jaxprs.
     consts: list[Any] = []
     traced: list[Any] = []
 
@@ -278,7 +281,8 @@ def _sweep(layer: Layer, plan: tuple[RowBlocks, Callable], skips: bool, perturbe
         slices, take = blocks.cut((inputs.x, rows), row_mask)
         return blocks.join(_losses(layer, block_loss, skips, inputs, slices, take), row_mask)
 
-    # Where parts may be on different devices each has its own sums, which are added up, and so communicated, once.
+    # The first part axes, as long as their product fits the devices, may lie on different ones: each part has its own
+    # sums, which are added up, and so communicated, once.
     apart = [p for i, p in enumerate(parts) if math.prod(parts[: i + 1]) <= layer.devices]
     slices, take = blocks.cut((inputs.x, rows, g), row_mask)
     start = _zero_totals(layer, inputs, g, perturbed, apart)

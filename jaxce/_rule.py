@@ -8,15 +8,15 @@ follows from log o_j = z_j − lse and ∂lse/∂z_i = exp z_i / Σ_k exp z_k = 
     log-normalizer  lse                                         ∂/∂z = o
     entropy         −Σ_j o_j log o_j = H                        ∂/∂z = −o·(log o + H)
 
-lse is kept as two numbers, a shift m, max z (or z_y, if the loss is small), and L = log Σ_j exp(z_j − m): their sum,
-rounded at 1e4, would leave o three digits. L's sum contains a 1, beside which small terms are lost. So one class c, the
-label or else the largest, is left out: log1p adds 1 in its place, and expm1 corrects that to exp(z_c − m):
+lse is kept as two numbers, m = max z (or z_y, if the loss is small) and L = log Σ_j exp(z_j − m), never as their sum:
+near 1e4 its rounding would leave o three digits. L's sum contains a 1, beside which small terms are lost. So one class
+c, the label or else the largest, is left out: log1p adds 1 in its place, and expm1 corrects that to exp(z_c − m):
 
     L = log1p(Σ_{j≠c} exp(z_j − m) + expm1(z_c − m))        −log o_c = (m − z_c) + L        o_c − 1 = expm1(log o_c)
 
-A row is sure when −log o_c < 1/2. Then o_c > 0.6, so c is the largest, and m = z_c. Derivatives of m and L are needed
-apart, but only their sum, ∂m + ∂L = o, is determined. In a sure row we take ∂m = onehot(c), ∂L = o − onehot(c): as
-small as L, so that second derivatives stay accurate. In other rows m counts as a constant: ∂m = 0 and ∂L = o.
+A row is sure when −log o_c < 1/2. Then o_c > 0.6, so c is the largest, and m = z_c. Of the derivatives of m and L the
+mathematics fixes only the sum, ∂m + ∂L = o. How to split it is our choice. In a sure row ∂m = onehot(c), and ∂L = o −
+onehot(c) is as small as L: second derivatives stay accurate. In other rows m is a constant: ∂m = 0 and ∂L = o.
 """
 
 from typing import Any, NamedTuple
@@ -56,16 +56,17 @@ def sums(z: Array, m: Array, at_label: Array | None, logit: Array | None, t=None
     """The `Sums` of logits z [..., K], about the shift m [...]. `ids`: the classes', for the entropy."""
     shift = finite(m)[..., None]  # −inf − −inf would be NaN
     largest, argmax = z == shift, None
-    at_c, equals = (largest, largest.sum(-1, dtype=z.dtype) - 1) if at_label is None else (at_label, 0)  # as large as c
-    if ids is not None:
+    # Without a label, at_c drops all of the largest, though c is only one of them: the others are counted, as ties.
+    at_c, ties = (largest, largest.sum(-1, dtype=z.dtype) - 1) if at_label is None else (at_label, 0)
+    if ids is not None:  # c is the first of the largest
         argmax = jnp.where(largest, ids, jnp.iinfo(ids.dtype).max).min(-1)
-        at_c, equals = ids == argmax[..., None], 0
+        at_c, ties = ids == argmax[..., None], 0
     e = jnp.where(at_c, 0, exp(z - shift))
 
     def below(weight):  # Σ weight·(m − z). If z is a product, an FMA may make m − z nonzero at the largest.
         return jnp.where(largest, 0, product(weight, shift - z)).sum(-1)
 
-    s = Sums(m, e.sum(-1) + equals, logit, moment=None if ids is None else below(e), argmax=argmax)
+    s = Sums(m, e.sum(-1) + ties, logit, moment=None if ids is None else below(e), argmax=argmax)
     return s if t is None else s._replace(mass=jnp.broadcast_to(t.sum(-1), m.shape), distance=below(t))
 
 
@@ -121,9 +122,8 @@ def gradient(z: Array, at_label: Array | None, t: Array | None, row: Row, g: Row
         slope, at_others = slope + g.target_loss * row.mass, -g.target_loss * t
         own = own + g.target_loss * jnp.where(sure, row.mass * q + (row.mass - t), row.mass * o_c - t)
         dt = g.mass + times(g.target_loss, jnp.where((t == 0) & jnp.isneginf(z), 0, (row.shift - z) + row.log_sum))
-    e = jnp.where(at_c, 0, exp(z - finite(row.shift)))  # as in `sums`, to XLA the same
-    # Added, not selected: after `_autodiff` transposed it twice, a select between sums would be two passes.
-    dz = slope * exp(-row.log_sum) * e + jnp.where(at_c, own, at_others)
+    # A sum, not one select: that becomes two passes when `_autodiff` transposes it twice. e is that of `sums`, for XLA.
+    dz = slope * exp(-row.log_sum) * jnp.where(at_c, 0, exp(z - finite(row.shift))) + jnp.where(at_c, own, at_others)
     if row.entropy is not None:
         log_o = (z - row.shift) - row.log_sum
         dz = dz - g.entropy * product(exp(log_o), log_o + row.entropy)

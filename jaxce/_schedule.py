@@ -1,4 +1,4 @@
-"""The schedule of the rule on logits: every trick by which XLA reads them seldom and holds no copy, each by its name.
+"""The schedule of the rule on logits: the tricks by which XLA reads them seldom and holds no copy, each by its name.
 
 The mathematics is in `_rule`. Without this module it would be as right, but slower and larger. The note of each trick
 says the symptom, the remedy, the test that fails without it, and the versions it is for, if not all.
@@ -52,7 +52,7 @@ def _on_accelerators(shards: ClassShards, with_entropy: bool, values: Values, se
 def one_pass(z: Array, at_label: Array | None, t: Array | None, ids: Array | None, in_place: bool = True) -> Sums:
     """The `Sums` of logits z [..., K], with those for the entropy and the arg max if the classes' `ids` are given.
 
-    Symptom: a maximum, sums, a mean target and an entropy are 2 to 4 passes over the logits on GPUs and TPUs. XLA for
+    Symptom: a maximum, sums, a target loss and an entropy are 2 to 4 passes over the logits on GPUs and TPUs. XLA for
     GPUs also writes capped logits to memory, in float32, where two operands of a reduce need them.
     Remedy: one variadic reduce joins single classes. The label's logit is 0 in it, unless it is to be read `in_place`.
     Test: test_a_loss_of_logits_reads_them_twice_and_writes_its_gradient.
@@ -145,7 +145,7 @@ def _sums_of_others(values: Values, selection: Selection, m: Array) -> tuple[Sum
     z, _ = prepared(values, selection._replace(listed_ids=None))
     e = exp(z - finite(m)[..., None])
     total = zeroed_at(e, selection.listed_ids).sum(-1)
-    shift = m + jnp.round(jnp.log(total))
+    shift = m + jnp.round(jnp.log(total))  # − 1, as no class is left out, in whose place `row_of` adds 1
     return Sums(shift, total * exp(m - shift) - 1, None), total
 
 
@@ -257,7 +257,8 @@ def rows_per_block(logits: Array) -> int | None:
 def in_row_blocks(f: Callable[[Any], Any], logits: Array, args: Any, cheap: Callable[[Any], Any] | None = None) -> Any:
     """`f(args)`, arrays of one number for each row of `logits` [..., K]. `f` sees all rows, or blocks of them.
 
-    An array in `args` either has the leading axes of `logits`, or has size 1 there and serves all rows.
+    An array in `args` has the leading axes of `logits`; or it has size 1 there, or is a scalar, and serves all rows.
+    With any other there are no blocks.
     `cheap`, if given, makes the numbers of a block more cheaply, and says for which rows they are good: `f` sees the
     blocks where not all are. This is never differentiated.
 

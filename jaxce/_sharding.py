@@ -42,10 +42,10 @@ class ClassShards(NamedTuple):
         return partial_sums if self.axis_name is None else lax.psum(partial_sums, self.axis_name)
 
     def cotangents(self, g: Any, like: Array) -> Any:
-        """The cotangents of this shard's addends, from `g`, those of the sum that `total` makes: psum's transpose.
+        """The transpose of `total`: from the cotangent g of a sum over shards, that of this shard's term, `like`.
 
-        In `jax.shard_map(check_vma=True)`, whose types tell that `g` is the same on all shards, that is a copy of g,
-        which varies as `like`, an addend, does. Elsewhere it is a sum over shards.
+        In `jax.shard_map(check_vma=True)` types tell that g is equal on all shards: it is copied. Elsewhere each shard
+        holds a part of g: the parts are added.
         """
         return varying_as(g, like) if mesh_axes(self.offset()) else self.total(g)
 
@@ -55,7 +55,9 @@ class ClassShards(NamedTuple):
             return s
         m = lax.pmax(lax.stop_gradient(s.shift), self.axis_name)
         here, moved = s.shift == m, about(s, m)
-        if s.without_largest:  # each shard of largest m left one class out, all together leave out one
+        # `about` added 1 to `rest` where the maximum is. Small terms would be lost beside it: their `rest` is restored.
+        # All shards together leave out one class. The other maxima count 1 each.
+        if s.without_largest:
             moved = moved._replace(rest=jnp.where(here, s.rest, moved.rest))
         moved = self.total(moved._replace(shift=None, argmax=None))
         rest = moved.rest + (self.total(here.astype(m.dtype)) - 1) if s.without_largest else moved.rest

@@ -10,7 +10,7 @@ from jax import Array
 from . import _rule, _schedule
 from ._autodiff import with_forward_mode
 from ._options import Selection, Values, listed_vjp, prepared_vjp
-from ._rule import Row
+from ._rule import Row, Sums
 from ._sharding import ClassShards, in_auto, varying_as
 
 
@@ -32,8 +32,8 @@ def _rule_of(shards: ClassShards, with_entropy: bool, differentiated: bool = Fal
     def rule(values, selection):
         s = shards.joined(_schedule.class_sums(shards, with_entropy, differentiated, values, selection))
         row, more = _rule.row_of(s), None
-        if with_entropy:  # floating, since the outputs have cotangents
-            more = ((s.argmax == selection.labels) & ~jnp.isnan(row.loss)).astype(s.shift.dtype)
+        if with_entropy:
+            more = is_correct(s, row, selection.labels)
         if selection.listed_ids is not None:
             row, more = row_of_others(row), shards.total(listed_vjp(values, selection)[0])
         return row, more
@@ -61,7 +61,8 @@ def _backward(shards: ClassShards, values: Values, selection: Selection, row: Ro
     (z, t), options_vjp = prepared_vjp(values, selection)
     row, g, logit = jax.tree.map(lambda a: a[..., None], (row, shards.cotangents(g, z), logit))
     if selection.listed_ids is not None:
-        # A listed class may be far above the shift, others are not. It is capped: exp would be inf, and inf·0 is NaN.
+        # The others' log-normalizer is within 1/2 of the shift, so a class above shift + 1 is listed. Its gradient is
+        # dropped later. It is capped, as its exp could be inf, and inf·0 is NaN.
         z = jnp.where(z > row.shift + 1, row.shift + 1, z)
     at_label = None
     if labels is not None:
@@ -73,6 +74,11 @@ def _backward(shards: ClassShards, values: Values, selection: Selection, row: Ro
     if selection.listed_ids is not None:
         dvalues = listed_vjp(values, selection)[1](dvalues, shards.cotangents(g_more, z))
     return dvalues
+
+
+def is_correct(s: Sums, row: Row, labels: Array) -> Array:
+    """1.0 where the label is the first of the largest logits. Floating, as the outputs of a rule have tangents."""
+    return ((s.argmax == labels) & ~jnp.isnan(row.loss)).astype(s.shift.dtype)
 
 
 def row_of_others(row: Row) -> Row:

@@ -152,11 +152,11 @@ def loss_of_rows(
     m = jnp.maximum(row.shift, jnp.where(unique, logits, -jnp.inf).max(-1, initial=-jnp.inf))
     m = lax.stop_gradient(finite(m))
     z = jnp.concatenate([logits - m[..., None], ((row.shift - m) + row.log_sum)[..., None]], -1)
-    share = options.label_smoothing
-    if share is not None:
-        mass, kept = t.sum(-1) + rest, 1 - share
-        classes = jnp.asarray(selection.class_count(shards), share.dtype)
-        share = share * mass / (classes if classes.ndim == 0 else classes[..., 0])
+    smoothing, share = options.label_smoothing, None
+    if smoothing is not None:
+        mass, kept = t.sum(-1) + rest, 1 - smoothing
+        classes = jnp.asarray(selection.class_count(shards), smoothing.dtype)
+        share = smoothing * mass / (classes if classes.ndim == 0 else classes[..., 0])
         t, rest = kept * t + share[..., None], kept * rest + share * row.mass
     t = t if weights is None else product(t, weights)
     t = jnp.concatenate([t, rest[..., None]], -1)

@@ -1,5 +1,6 @@
 """Eight CPU devices, strict promotion, and one table of tolerances for the whole suite."""
 
+import gc
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -11,6 +12,17 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what is imported stays; collections need not look at it
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_caches_of_other_files():
+    """Programs of earlier tests make each collection of garbage slow, and some tests make thousands."""
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
