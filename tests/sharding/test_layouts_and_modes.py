@@ -239,6 +239,20 @@ def test_uneven_last_shard(form):
     assert_all_close(got, wanted, factor=4)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_blocks_of_few_rows_of_each_device(reduction):
+    """5 rows of each part in 4 blocks would be 2 each, and none for the last: there are 3."""
+    x, w, labels = head((10, 2), D, K)
+    options: dict[str, Any] = {"recompute": False, "block_size": 3, "reduction": reduction}
+
+    def loss(x, w, labels):
+        return (jnp.sin(labels) * jaxce.linear_cross_entropy(x, w, labels, **options)).sum()
+
+    gradient = jax.value_and_grad(loss, (0, 1))
+    arguments = placed(mesh_of((2,), ("data",), AxisType.Auto), (x, w, labels), (P("data"), P(), P("data")))
+    assert_all_close(compiled(gradient, *arguments)(*arguments), gradient(x, w, labels), factor=4)
+
+
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("form", ["rows", "classes", "any loss"])
 def test_a_device_without_a_row_that_counts(form, axis_type):
