@@ -273,10 +273,10 @@ def linear_cross_entropy(
 
     Returns:
         The loss, in float32 (float64 for float64 operands), a scalar or [...] for "none". A row that is masked, ignored
-        or of weight 0 has loss and gradient exactly 0, whatever it holds, and costs nothing; blocks of classes are made
-        of 5, 10 or 16 sixteenths of the rows. If all rows are such, or all classes are masked, or there are no rows,
-        loss and gradients are 0. In other rows a label that is invalid, or of a masked class, makes the loss NaN;
-        `check_labels` finds those out of range.
+        or of weight 0 has loss and gradient exactly 0, whatever it holds. Blocks of rows leave such rows out; blocks of
+        classes, on one device, are of 5, 10 or 16 sixteenths of the rows. If all rows are such, or all classes are
+        masked, or there are no rows, loss and gradients are 0. In other rows a label that is invalid, or of a masked
+        class, makes the loss NaN; `check_labels` finds those out of range.
 
         On one device `jax.vmap` over x, w not mapped, makes the batch rows: blocks are of all rows, and w has one
         gradient. A gradient taken inside `jax.vmap` is one for each example.

@@ -49,9 +49,9 @@ def linear_label_statistics(
 
     Returns:
         `LabelStatistics`, a named tuple of arrays [...], as of `label_statistics`, in float32 (float64 for float64
-        operands). Masked and ignored rows have 0, 0, 0, False and gradient exactly 0, whatever `x` holds, and cost
-        nothing. So have all rows if all classes are masked. Rows with a label that is invalid or masked have NaN, NaN,
-        NaN, False.
+        operands). Masked and ignored rows have 0, 0, 0, False and gradient exactly 0, whatever `x` holds, and are
+        left out as in `linear_cross_entropy`. So have all rows if all classes are masked. Rows with a label that is
+        invalid or masked have NaN, NaN, NaN, False.
 
     Raises:
         TypeError: a dtype is wrong.
