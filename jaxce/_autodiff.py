@@ -91,9 +91,13 @@ def transposed(pullback: Callable, residuals: Any, tangents: list[Array], like: 
     zeros, tangents = varying_over(axes, (jax.tree.map(jnp.zeros_like, like), tangents))
     floating = [a for a in jax.tree.leaves(residuals) if jnp.issubdtype(a.dtype, jnp.inexact)]
 
+    inlined = functools.partial(jax.jit, inline=True)  # traced once, though used several times
+
+    @inlined
     def pull(residuals, g):
         return [shared_out(axes, gradient) for gradient in pullback(residuals, g)]
 
+    @inlined
     def push(residuals, t):
         # `jax.linear_transpose` would take what a checkpointed loop computes of residuals for linear too.
         return jax.vjp(functools.partial(pull, residuals), zeros)[1](t)[0]

@@ -56,13 +56,14 @@ def class_blocked_rows(
     `inputs.others` is `Values` without logits. With entropy, also 1.0 where the label is the first largest class. With
     listed classes, the numbers of the other classes, and the logits [..., M] of those listed.
     """
-    static = shards, block_size
+    static, apart = (shards, block_size), {"platforms": ("cpu", "gpu")}  # TPUs as GPUs
     inputs = varying_as(inputs, inputs, selection, shards.offset())
 
     def forward(arguments):
         def run(inputs, selection):
             loop = functools.partial(_forward, with_entropy=with_entropy)
-            return layer.by_platform(lambda layer, *args: loop(layer, *static, *args), inputs, selection), ()
+            out = layer.by_platform(lambda layer, *args: loop(layer, *static, *args), inputs, selection, **apart)
+            return out, ()
 
         return _on_rows_that_count(layer, run, *arguments)[0]
 
@@ -70,7 +71,7 @@ def class_blocked_rows(
         loop = functools.partial(_backward, perturbed=perturbed[0])
 
         def run(*arguments):
-            gradients = layer.by_platform(lambda layer, *args: loop(layer, *static, *args), *arguments)
+            gradients = layer.by_platform(lambda layer, *args: loop(layer, *static, *args), *arguments, **apart)
             return gradients.x, gradients._replace(x=None)
 
         dx, others = _on_rows_that_count(layer, run, *arguments, out, g)

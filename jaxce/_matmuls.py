@@ -57,10 +57,13 @@ class Layer(NamedTuple):
     def on_cpu(self) -> bool:
         return self.platform == "cpu"
 
-    def by_platform(self, f: Callable[..., Any], *args: Any) -> Any:
-        """`f(layer, *args)`, with the platform that the program is compiled for. Only that branch is compiled."""
-        cpu, gpu, tpu = (functools.partial(f, self._replace(platform=name)) for name in PLATFORMS)
-        return lax.platform_dependent(*args, cpu=cpu, tpu=tpu, default=gpu)
+    def by_platform(self, f: Callable[..., Any], *args: Any, platforms: Sequence[str] = PLATFORMS) -> Any:
+        """`f(layer, *args)`, with the platform that the program is compiled for; "gpu" for any not in `platforms`.
+
+        All branches are traced, which takes most of the time that tracing does. Only one is compiled.
+        """
+        branches = {name: functools.partial(f, self._replace(platform=name)) for name in platforms}
+        return lax.platform_dependent(*args, default=branches.pop("gpu"), **branches)
 
     def logits(self, x: Array, w: Array, bias: Array | None) -> Array:
         z = self._dot(x, [x.ndim - 1], w, [1 - self.class_axis])
