@@ -109,7 +109,7 @@ QUICK_NONE = ("jvp", "grad of jvp", "scan over x", "vmap over x")
 QUICK_MEAN = ("value_and_grad", "jvp", "jvp of grad", "grad of grad", "vmap over x")
 QUICK = {("rows, mean", m) for m in QUICK_MEAN}
 QUICK |= {("classes, none", m) for m in QUICK_NONE}
-QUICK |= {("classes, 18 rows", "jvp of grad")}
+QUICK |= {("classes, 18 rows", "value_and_grad")}
 QUICK |= {
     ("classes, mean", m)
     for m in ("value_and_grad", "jvp of grad", "grad of grad", "vmap over heads", "grad of vmap", "grad of checkpoint")

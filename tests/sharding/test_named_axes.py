@@ -195,6 +195,9 @@ QUICK = {(w, form, place, mode) for w in WORLDS for form in FORMS for place in P
 # Of the derivatives taken inside those of the unchecked shard_map, of which pmap is made, and where types tell least.
 QUICK -= {(w, form, "inside", "vjp") for w in WORLDS if w != "unchecked shard_map" for form in FORMS}
 QUICK |= {("unchecked shard_map", form, "inside", "jvp") for form in FORMS}
+QUICK -= {
+    ("pmap", form, place, "vjp") for form in FORMS if form not in ("integer", "head by rows, mean") for place in PLACES
+}
 QUICK -= {(w, "statistics of a head", place, "vjp") for w in WORLDS if w != "vmap" for place in PLACES}
 
 

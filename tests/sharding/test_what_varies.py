@@ -75,10 +75,11 @@ for function, (_, arguments) in FUNCTIONS.items():
     if function == CLOSED_OVER:  # one that shards share may not be differentiated
         every = [c for c in every if "scale" in c]
     CASES += [(function, "+".join(c)) for c in every]
-    if function.startswith("head by") and function.endswith("mean"):  # losses per row try each of them
-        arguments = dict.fromkeys(("x", "w", "labels"))
     if function == "any loss, mean":  # a sum too
         continue
+    # Heads' losses per row try all options; other losses share what makes options vary with them.
+    if function != "head by classes, none":
+        arguments = dict.fromkeys(("logits", "labels", "class_weights", "x", "w", "factor"))
     singles = [c for c in every if len(c) == 1 and c[0] in arguments]
     QUICK |= {(function, "+".join(c)) for c in singles + [c for c in every if len(c) == 2 and "scale" in c]}
 
