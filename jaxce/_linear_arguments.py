@@ -56,7 +56,7 @@ def selected(
     if class_mask is not None:
         class_mask = _checks.boolean(function, "class_mask", class_mask)
         _checks.shape(function, "class_mask", class_mask, (shards.local,), "one bool for each class of w")
-        some = shards.total(class_mask.any().astype(jnp.int32)) > 0
+        some = shards.total(class_mask.any().astype(jnp.int32)).astype(bool)
         class_mask = jnp.expand_dims(class_mask | ~some, range(len(rows)))
         row_mask = jnp.broadcast_to(some, rows) if row_mask is None else row_mask & some
     labels = None if labels is None else _labels.validated(labels, class_mask, row_mask, shards)
@@ -78,12 +78,15 @@ def rows_that_count(function, where, weights, kept, rows) -> tuple[Array | None,
     if where is not None:
         where = _checks.boolean(function, "where", where)
         kept = [*kept, _checks.shape(function, "where", where, rows, "True for each row of x that takes part")]
-    if weights is not None:
-        kept = [*kept, weights != 0]
-    if not kept:
-        return None, None
-    row_mask = functools.reduce(jnp.logical_and, kept)
-    return row_mask, None if weights is None else jnp.where(row_mask, weights, 0)
+    return _counted(kept, weights) if kept or weights is not None else (None, None)
+
+
+@jax.jit  # or Python's 0 would be transferred to the device
+def _counted(kept: list[Array], weights: Array | None) -> tuple[Array, Array | None]:
+    if weights is None:
+        return functools.reduce(jnp.logical_and, kept), None
+    row_mask = functools.reduce(jnp.logical_and, kept, weights != 0)
+    return row_mask, jnp.where(row_mask, weights, 0)
 
 
 def mean_divisor(layer: Layer, rows, options: Options, weights, selection: Selection, shards: ClassShards) -> Array:
@@ -124,6 +127,7 @@ def check_weights(function, weights, normalizer, lead, reduction, layer):
     return weights, normalizer
 
 
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
 def row_scale(reduction, weights, normalizer, lead, layer):
     """g, what each row's loss is multiplied by. Here, not after the sum, so that gradients need no second scaling."""
     if reduction == "none":
