@@ -20,7 +20,7 @@ from ._row_blocks import RowBlocks
 from ._rule import Row
 from ._schedule import single, sums_of_block
 from ._sharding import ClassShards, gathered, varying_as
-from ._softmax import is_correct, row_of_others
+from ._softmax import is_correct, row_of_others, with_listed_capped
 
 
 def max_classes(layer: Layer, rows: int, block_size: int | None, arrays: int) -> int:
@@ -190,6 +190,7 @@ def _backward(layer: Layer, shards, block_size, inputs: Inputs, selection, out, 
     def step(x_transposed, grads, start, size):
         w, values, selected, ids = _block(layer, shards, inputs, selection, start, size)
         (z, t), options_vjp = prepared_vjp(values, selected)
+        z = z if selection.listed_ids is None else with_listed_capped(z, row)
         (dvalues,) = options_vjp(_rule.gradient(z, _at(selection.labels, ids), t, row, g_row))
         if selected.listed_ids is not None:
             dvalues = listed_vjp(values, selected)[1](dvalues, g[1])

@@ -61,9 +61,7 @@ def _backward(shards: ClassShards, values: Values, selection: Selection, row: Ro
     (z, t), options_vjp = prepared_vjp(values, selection)
     row, g, logit = jax.tree.map(lambda a: a[..., None], (row, shards.cotangents(g, z), logit))
     if selection.listed_ids is not None:
-        # The others' log-normalizer is within 1/2 of the shift, so a class above shift + 1 is listed. Its gradient is
-        # dropped later. It is capped, as its exp could be inf, and inf·0 is NaN.
-        z = jnp.where(z > row.shift + 1, row.shift + 1, z)
+        z = with_listed_capped(z, row)
     at_label = None
     if labels is not None:
         at_label = _schedule.is_label(labels, z, shards)
@@ -74,6 +72,15 @@ def _backward(shards: ClassShards, values: Values, selection: Selection, row: Ro
     if selection.listed_ids is not None:
         dvalues = listed_vjp(values, selection)[1](dvalues, shards.cotangents(g_more, z))
     return dvalues
+
+
+def with_listed_capped(z: Array, row: Row) -> Array:
+    """Logits with those of listed classes at most shift + 1, for the gradient of the others, which drops them later.
+
+    The others' log-normalizer is within 1/2 of the shift, so a class above shift + 1 is listed. Its exp could be inf,
+    and inf·0 is NaN, in second derivatives at the latest.
+    """
+    return jnp.where(z > row.shift + 1, row.shift + 1, z)
 
 
 def is_correct(s: Sums, row: Row, labels: Array) -> Array:

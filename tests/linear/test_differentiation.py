@@ -196,3 +196,23 @@ def test_any_loss_in_every_mode(reduction, mode):
         return losses.sum() / weights.sum() if reduction == "mean" else losses.sum()
 
     assert_same_in_mode(LINEAR_MODES[mode], ours, naive, point, tolerance=1e-11)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["rows", "classes"])
+@pytest.mark.parametrize("listed", [5, 2])
+def test_second_derivatives_where_the_other_classes_are_none_or_far_below(recompute, listed):
+    """One logit is 800 above those that are not listed: its exp, about their shift, is inf."""
+    x, w, _ = head(3, 2, 5, "float64")
+    bias = jnp.zeros(5).at[1].set(0.5 if listed == 5 else 800.0)
+    ids = jnp.array([[3, 1, 0, 2, 4], [1, 0, 4, 3, 2], [4, 1, 2, 0, 3]], jnp.int32)[:, :listed]
+    t = probabilities(3, listed, dtype="float64")
+
+    def ours(bias):
+        return linear_cross_entropy(x, w, (ids, t), bias=bias, recompute=recompute)
+
+    def naive(bias):
+        return -(dense(ids, t, 5) * jax.nn.log_softmax(x @ w + bias[None])).sum() / 3
+
+    for derivative in (jax.grad, jax.hessian):
+        got, wanted = derivative(ours)(bias), derivative(naive)(bias)
+        np.testing.assert_allclose(got, wanted, rtol=1e-11, atol=1e-12)
