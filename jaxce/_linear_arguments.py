@@ -90,11 +90,17 @@ def _counted(kept: list[Array], weights: Array | None) -> tuple[Array, Array | N
 
 
 def mean_divisor(layer: Layer, rows, options: Options, weights, selection: Selection, shards: ClassShards) -> Array:
-    divisor = jnp.ones(rows, layer.sum_dtype) if weights is None else weights
+    class_weight = None
     if options.class_weights is not None and selection.labels is not None:
         class_weight = _labels.label_weight(selection.labels, options.class_weights, selection.row_mask, shards)
-        divisor = divisor * class_weight
-    return jnp.sum(divisor if selection.row_mask is None else jnp.where(selection.row_mask, divisor, 0))
+    return _divisor(rows, layer.sum_dtype, weights, class_weight, selection.row_mask)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _divisor(rows, dtype, weights, class_weight, row_mask) -> Array:
+    divisor = jnp.ones(rows, dtype) if weights is None else weights
+    divisor = divisor if class_weight is None else divisor * class_weight
+    return jnp.sum(divisor if row_mask is None else jnp.where(row_mask, divisor, 0))
 
 
 def check_options(function, reduction, class_axis, dtype, block_size) -> tuple[int, Any, int | None]:
