@@ -64,7 +64,8 @@ def with_backward(forward: Callable, backward: Callable) -> Callable[[Any], Any]
         def pullback(residuals, g):
             return jax.tree.leaves(backward(*residuals, g, perturbed))
 
-        # `transposed` marks all arrays as varying over the same mesh axes. For `out` that is too late in higher ones.
+        # `transposed` marks its arrays as varying over the same mesh axes. For derivatives of higher order `out` must
+        # be marked before that, here.
         residuals = inputs, varying_over(mesh_axes(inputs, out, _nonzero(tangents[0])), out)
         tangent = transposed(pullback, residuals, _nonzero(tangents[0]), out)
         return (out, aux), (tangent, jax.tree.map(zero_from_primal, aux))

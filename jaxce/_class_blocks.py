@@ -87,8 +87,8 @@ SHARES = 5, 10, 16  # sixteenths of the rows: the fewest of them that hold all t
 def _on_rows_that_count(layer: Layer, run, inputs: Inputs, selection: Selection, *by_row):
     """`run(inputs, selection, *by_row)` on the rows that count, gathered into the smallest of `SHARES` that holds them.
 
-    `run` returns (what is per row, what is not). Masked rows get 0. If fewer rows count than the share holds, others
-    fill it up; the last of `by_row`, a cotangent, is set to 0 for these, so that they add nothing to dw.
+    `run` returns (what is per row, what is not). Masked rows get 0. If fewer rows count than the share holds, copies of
+    one row, with x = 0, fill it up. The last of `by_row`, a cotangent, is 0 for these: they add nothing to dw.
     """
     mask, lead = selection.row_mask, inputs.x.shape[:-1]
     if mask is None:

@@ -106,7 +106,8 @@ def prepared(values: Values, selection: Selection) -> tuple[Array, Array | None]
         selection = Selection(None, mask, selection.row_mask)
     mask, class_mask, row_mask = selection.mask, selection.class_mask, selection.row_mask
     z = values.logits.astype(statistics_dtype(values.logits, values.targets))
-    if mask is not None and (row_mask is not None or values.logit_cap is not None):  # a mask used twice is kept on GPUs
+    # Only where needed: XLA for GPUs writes a mask to memory if it is used twice.
+    if mask is not None and (row_mask is not None or values.logit_cap is not None):
         z = jnp.where(mask, z, 0)
     z = z if values.logit_cap is None else soft_capped(z, values.logit_cap)
     if class_mask is not None:

@@ -27,7 +27,7 @@ def max_rows(layer: Layer, features: int) -> int:
     """Rows per block, B. Every block reads all of W, and reads and writes all of dW in float32.
 
     On a CPU that is 19/B of the matmuls' time, so that B is at least 128. Beyond 512 little is gained. In between, the
-    float32 logits of a block fit in 64 MiB, and in two thirds of what W takes.
+    float32 logits of a block fit in 64 MiB, and in two thirds of what W takes in float32.
 
     On accelerators dW takes (4/3)·R/B of three matmuls, where a device's peak is R times its bandwidth: 295 on an H100
     and 240 on a TPU v5e; less where it is the matmul's epilogue. And a matmul of fewer than R rows is bound by reading
@@ -349,7 +349,7 @@ def _block(layer: Layer, block_loss, inputs: Inputs, perturbed: Inputs, apart: i
     """One step: the losses of a block, its dx and row gradients, and what its new rows add to the totals."""
     (x, rows, g), (dw, dbias, dconsts) = taken, totals
     g = g if new is None else jax.tree.map(lambda g: jnp.where(new, g, 0), g)
-    # Where none counts, of all rows or of a device's, a masked one is repeated, which may hold NaN.
+    # If no row of a block (or of one of its parts) counts, the block repeats a masked row. That may hold NaN: use 0.
     repeated = ~new[..., None] if masks and new is not None else None
     x = x if repeated is None else jnp.where(repeated, 0, x)
     z = layer.logits(x, inputs.w, inputs.bias)

@@ -8,9 +8,9 @@ follows from log o_j = z_j − lse and ∂lse/∂z_i = exp z_i / Σ_k exp z_k = 
     log-normalizer  lse                                         ∂/∂z = o
     entropy         −Σ_j o_j log o_j = H                        ∂/∂z = −o·(log o + H)
 
-lse is kept as two numbers, m = max z (or z_y, if the loss is small) and L = log Σ_j exp(z_j − m), never as their sum:
-near 1e4 its rounding would leave o three digits. L's sum contains a 1, beside which small terms are lost. So one class
-c, the label or else the largest, is left out: log1p adds 1 in its place, and expm1 corrects that to exp(z_c − m):
+We keep lse = m + L as two numbers: a shift m, usually max z, and L = log Σ_j exp(z_j − m). Their float32 sum near 1e4
+would leave o three digits. If m = z_c, the term of class c is 1, and small terms are lost beside it. So that term is
+written as 1 + expm1(z_c − m), and log1p adds the 1. c is the label, or without one the largest class:
 
     L = log1p(Σ_{j≠c} exp(z_j − m) + expm1(z_c − m))        −log o_c = (m − z_c) + L        o_c − 1 = expm1(log o_c)
 
@@ -30,15 +30,15 @@ from ._elementary import exp, expm1, finite, log1p, product, times
 class Sums(NamedTuple):
     """What some classes contribute. c is the label; without one, or for the entropy, the largest of these classes."""
 
-    shift: Any  # m: the largest z_j, or for a label any shift
-    rest: Any  # Σ_{j≠c} exp(z_j − m)
+    shift: Any  # m: the largest z_j; for a label, or with listed classes, any shift
+    rest: Any  # Σ_{j≠c} exp(z_j − m); with listed classes perhaps Σ_j exp(z_j − m) − 1
     logit: Any  # the label's, or 0 where it is not among them; None without one
     mass: Any = None  # Σ_j t_j
     distance: Any = None  # Σ_j t_j (m − z_j)
     moment: Any = None  # Σ_j exp(z_j − m)(m − z_j)
     argmax: Any = None  # the first class of logit m
 
-    without_largest = property(lambda s: s.logit is None or s.moment is not None)
+    without_largest = property(lambda s: s.logit is None or s.moment is not None)  # is c the largest class?
 
 
 class Row(NamedTuple):
@@ -55,16 +55,16 @@ class Row(NamedTuple):
 def sums(z: Array, m: Array, at_label: Array | None, logit: Array | None, t=None, ids=None) -> Sums:
     """The `Sums` of logits z [..., K], about the shift m [...]. `ids`: the classes', for the entropy."""
     shift = finite(m)[..., None]  # −inf − −inf would be NaN
-    largest, argmax = z == shift, None
+    at_m, argmax = z == shift, None  # at_m: the classes with z_j = m, mostly the largest
     # Without a label, at_c drops all of the largest, though c is only one of them: the others are counted, as ties.
-    at_c, ties = (largest, largest.sum(-1, dtype=z.dtype) - 1) if at_label is None else (at_label, 0)
+    at_c, ties = (at_m, at_m.sum(-1, dtype=z.dtype) - 1) if at_label is None else (at_label, 0)
     if ids is not None:  # c is the first of the largest
-        argmax = jnp.where(largest, ids, jnp.iinfo(ids.dtype).max).min(-1)
+        argmax = jnp.where(at_m, ids, jnp.iinfo(ids.dtype).max).min(-1)
         at_c, ties = ids == argmax[..., None], 0
     e = jnp.where(at_c, 0, exp(z - shift))
 
     def below(weight):  # Σ weight·(m − z). If z is a product, an FMA may make m − z nonzero at the largest.
-        return jnp.where(largest, 0, product(weight, shift - z)).sum(-1)
+        return jnp.where(at_m, 0, product(weight, shift - z)).sum(-1)
 
     s = Sums(m, e.sum(-1) + ties, logit, moment=None if ids is None else below(e), argmax=argmax)
     return s if t is None else s._replace(mass=jnp.broadcast_to(t.sum(-1), m.shape), distance=below(t))
@@ -95,7 +95,7 @@ def joined(a: Sums, b: Sums) -> Sums:
 def row_of(s: Sums) -> Row:
     """A row's numbers, from the `Sums` of all its classes. A row without a finite maximum has no softmax: NaN."""
     gap = jnp.zeros_like(s.shift) if s.logit is None else s.shift - s.logit
-    total = jnp.where(jnp.isnan(gap), gap, s.rest) if s.without_largest else s.rest + expm1(-gap)
+    total = jnp.where(jnp.isnan(gap), gap, s.rest) if s.without_largest else s.rest + expm1(-gap)  # NaN: invalid label
     log_sum = jnp.where(jnp.isfinite(s.shift), log1p(total), jnp.nan)
     row = Row(s.shift, log_sum, None if s.logit is None else gap + log_sum)
     if s.mass is not None:
@@ -122,7 +122,7 @@ def gradient(z: Array, at_label: Array | None, t: Array | None, row: Row, g: Row
         slope, at_others = slope + g.target_loss * row.mass, -g.target_loss * t
         own = own + g.target_loss * jnp.where(sure, row.mass * q + (row.mass - t), row.mass * o_c - t)
         dt = g.mass + times(g.target_loss, jnp.where((t == 0) & jnp.isneginf(z), 0, (row.shift - z) + row.log_sum))
-    # A sum, not one select: that becomes two passes when `_autodiff` transposes it twice. e is that of `sums`, for XLA.
+    # We add two terms: one select, transposed twice by `_autodiff`, takes two passes. XLA shares this exp with `sums`.
     dz = slope * exp(-row.log_sum) * jnp.where(at_c, 0, exp(z - finite(row.shift))) + jnp.where(at_c, own, at_others)
     if row.entropy is not None:
         log_o = (z - row.shift) - row.log_sum

@@ -145,7 +145,8 @@ def _sums_of_others(values: Values, selection: Selection, m: Array) -> tuple[Sum
     z, _ = prepared(values, selection._replace(listed_ids=None))
     e = exp(z - finite(m)[..., None])
     total = zeroed_at(e, selection.listed_ids).sum(-1)
-    shift = m + jnp.round(jnp.log(total))  # − 1, as no class is left out, in whose place `row_of` adds 1
+    shift = m + jnp.round(jnp.log(total))
+    # `row_of` adds 1 for the class left out. Here none is left out, so we subtract 1.
     return Sums(shift, total * exp(m - shift) - 1, None), total
 
 
@@ -226,7 +227,7 @@ def rounded_alike(logit: Array, m: Array, cap: Array | None) -> Array:
 
 def reads_label_in_place(logits: Array) -> bool:
     """Symptom: with classes split over devices, gathering z_y would communicate.
-    Remedy: it is read where it lies: summed in the pass, and in the gradient at one expm1 per logit.
+    Remedy: it is read where it lies: on accelerators summed in the pass, and in the gradient at one expm1 per logit.
     Test: test_three_numbers_per_row_are_summed_over_classes_and_none_for_the_gradient.
     """
     return devices(logits) > 1

@@ -77,8 +77,8 @@ def _backward(shards: ClassShards, values: Values, selection: Selection, row: Ro
 def with_listed_capped(z: Array, row: Row) -> Array:
     """Logits with those of listed classes at most shift + 1, for the gradient of the others, which drops them later.
 
-    The others' log-normalizer is within 1/2 of the shift, so a class above shift + 1 is listed. Its exp could be inf,
-    and inf·0 is NaN, in second derivatives at the latest.
+    The shift is the others' maximum, or within 1/2 of their log-normalizer, so a class above shift + 1 is listed. Its
+    exp could be inf, and inf·0 is NaN, in second derivatives at the latest.
     """
     return jnp.where(z > row.shift + 1, row.shift + 1, z)
 
@@ -94,9 +94,9 @@ def row_of_others(row: Row) -> Row:
 
 
 def _label_loss(m: Array, log_sum: Array, logit: Array) -> Array:
-    """−log o_c = (m − z_c) + L, differentiable. In a sure row m is z_c, and ∂m − ∂z_c is 0.
+    """−log o_c = (m − z_c) + L, differentiable. In a sure row m − z_c is exactly 0, and `where` leaves it out.
 
-    Rounded, it would be as large as ∂L: `where` leaves it out.
+    Its derivative ∂m − ∂z_c is 0 too, but as computed it would have rounding errors as large as ∂L.
     """
     gap = m - logit
     return jnp.where(gap + log_sum < 0.5, 0, gap) + log_sum
