@@ -92,6 +92,14 @@ def test_top_k_labels_of_a_head_hold_less_than_two_blocks(tail):
         assert temp_bytes(jax.value_and_grad(loss, differentiated), x, w, ids, t) <= 48 * MIB
 
 
+def test_the_last_classes_of_dw_are_updated_in_place():
+    """A slice of dw at a known index, read by the fusion that updates dw there, would have it copy all of dw."""
+    x, w, labels = head(1024, 1024, 1000)  # two tiles, the last one smaller
+    text = text_of(jax.grad(partial(linear_cross_entropy, block_size=128, recompute=False), (0, 1)), x, w, labels)
+    assert re.search(r"f32\[1024,1000\]\S* dynamic-update-slice\(", text)
+    assert not re.search(r" slice\(.*\[0:1024\], \[\d+:1000\]", text)
+
+
 @by_blocks
 def test_no_matmul_reads_a_transposed_x(recompute):
     """dw = xᵀ·δ on a CPU: x is transposed before the loop, not by each matmul, which that makes slow."""
