@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 
 from ._autodiff import of_perturbed
 from ._matmuls import Layer
@@ -38,7 +39,7 @@ def with_batch_as_rows(f: Callable, of_each: Callable | None = None, reduced: Ca
     def call(shared, by_row):
         args, treedef = jax.tree.flatten((shared, by_row))
         closed, out = jax.make_jaxpr(lambda *args: f(*jax.tree.unflatten(treedef, args)), return_shape=True)(*args)
-        if closed.effects or any(isinstance(c, jax.core.Tracer) for c in closed.consts):
+        if closed.effects or any(isinstance(c, Tracer) for c in closed.consts):
             return f(shared, by_row)
 
         def batched(args, dims):

@@ -83,7 +83,7 @@ def with_listed_capped(z: Array, row: Row) -> Array:
     return jnp.where(z > row.shift + 1, row.shift + 1, z)
 
 
-def is_correct(s: Sums, row: Row, labels: Array) -> Array:
+def is_correct(s: Sums, row: Row, labels: Array | None) -> Array:
     """1.0 where the label is the first of the largest logits. Floating, as the outputs of a rule have tangents."""
     return ((s.argmax == labels) & ~jnp.isnan(row.loss)).astype(s.shift.dtype)
 

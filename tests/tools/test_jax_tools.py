@@ -99,11 +99,12 @@ def test_no_implicit_transfers():
     z, t, y = logits(N, K), probabilities(N, K), random_labels(N, classes=K)
     x, w, _ = head(N, D, K)
     rows, weights, mask, ignored = jnp.arange(N) != 1, jnp.arange(float(N)), jnp.arange(K) < 4, y[0]
+    each: tuple[dict[str, Any], ...] = ({}, {"recompute": True}, {"class_mask": mask, "ignore_index": ignored})
     head_gradients = jax.jit(jax.grad(partial(linear_cross_entropy, **ALL), (0, 1)))
     with jax.transfer_guard("disallow"):
         softmax_cross_entropy(z, t)
         softmax_cross_entropy_with_integer_labels(z, y)
-        for options in ({}, {"recompute": True}, {"reduction": "none"}, {"class_mask": mask, "ignore_index": ignored}):
+        for options in each:
             linear_cross_entropy(x, w, y, where=rows, weights=weights, **options)
         jax.jit(partial(softmax_cross_entropy_with_integer_labels, ignore_index=1, **ALL))(z, y)
         jax.jit(label_statistics)(z, y)
