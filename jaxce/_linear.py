@@ -20,7 +20,6 @@ from jax.typing import ArrayLike, DTypeLike
 
 from . import _checks
 from ._autodiff import with_backward, with_gradients
-from ._batching import maps_as_rows, with_batch_as_rows
 from ._checks import Arrays
 from ._class_blocks import class_blocked_rows
 from ._elementary import weighted
@@ -85,9 +84,6 @@ def fused_linear(
         TypeError: a dtype is wrong, here or when `f` is called.
         ValueError: a shape or an option is wrong, there is no class, or `normalizer` is given without a mean.
 
-    On one device `jax.vmap` of `f` over x, w not mapped, makes the batch rows. If `loss_fn` closes over tracers, there
-    are logits, and a gradient of w, for each example.
-
     Inside `jax.shard_map` (with check_vma=True) rows, classes or both may be split. `loss_fn` then sees its shard's
     logits, and reduces over the classes' mesh axis itself, as this package's losses do by `axis_name`. Gradients are
     summed over shards as the types say. To differentiate a closed-over array that shards share, `jax.lax.pcast` it.
@@ -125,7 +121,7 @@ def fused_linear(
         if weights is None and row_mask is not None and reduction != "none":
             weights = row_mask.astype(layer.sum_dtype)
         scale = row_scale(reduction, weights, normalizer, lead, layer)
-        blocked = functools.partial(by_rows, layer)
+        blocked = functools.partial(by_rows, layer, row_parts(x))
         axes = len(lead) if reduction == "none" else 0, len(lead)
         out, aux = in_auto(blocked, x, axes, x, w, bias, row_args, row_mask, scale)
         return (out, aux) if has_aux else out
@@ -157,24 +153,7 @@ def _holds_nothing(f: Callable[..., Any]) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _compiled_by_rows(*static):
-    return jax.jit(functools.partial(_of_rows, *static), static_argnums=0, inline=True)
-
-
-def _of_rows(loss_fn, has_aux: bool, reduction, block_size, layer: Layer, x, w, bias, row_args, row_mask, scale):
-    """`_by_rows`. Mapped over x, the losses of each row are added up after."""
-
-    def of(reduction, shared, by_row):
-        (w, bias), (x, row_args, row_mask, scale) = shared, by_row
-        static = loss_fn, has_aux, reduction, block_size, layer, row_parts(x)
-        return _by_rows(*static, x, w, bias, row_args, row_mask, scale)
-
-    def sums(out):
-        losses, aux = out
-        return losses if reduction == "none" else losses.sum(range(1, losses.ndim)), aux
-
-    f = functools.partial(of, reduction)
-    f = with_batch_as_rows(f, functools.partial(of, "none"), sums) if maps_as_rows(layer, x, w) else f
-    return f((w, bias), (x, row_args, row_mask, scale))
+    return jax.jit(functools.partial(_by_rows, *static), static_argnums=(0, 1), inline=True)
 
 
 def _by_rows(loss_fn, has_aux: bool, reduction, block_size, layer: Layer, parts, x, w, bias, row_args, row_mask, scale):
@@ -278,8 +257,8 @@ def linear_cross_entropy(
         masked, or there are no rows, loss and gradients are 0. In other rows a label that is invalid, or of a masked
         class, makes the loss NaN; `check_labels` finds those out of range.
 
-        On one device `jax.vmap` over x, w not mapped, makes the batch rows: blocks are of all rows, and w has one
-        gradient. A gradient taken inside `jax.vmap` is one for each example.
+        `jax.vmap` over x makes logits, and a gradient of w, for each example. Leading axes of x, and reduction="none",
+        do not.
 
     Raises:
         TypeError: a dtype is wrong.
@@ -307,6 +286,8 @@ def linear_cross_entropy(
     if reduction == "mean" and normalizer is None:
         normalizer = mean_divisor(layer, rows, options, weights, labelled[0], shards)
     scale = row_scale(reduction, weights, normalizer, rows, layer)
+    if recompute is None:
+        recompute = reduction == "none" or (w.dtype.itemsize < layer.sum_dtype.itemsize and layer.devices == 1)
     loss_of = compiled_once(_loss_of, 7, shards)
     loss_of = functools.partial(loss_of, layer, shards, recompute, skips, reduction, block_size, row_parts(x))
     axes = len(rows) if reduction == "none" else 0
@@ -314,42 +295,9 @@ def linear_cross_entropy(
 
 
 def _loss_of(
-    layer: Layer, shards, recompute, skips, reduction, block_size, parts, x, w, bias, labelled, scale, options
+    layer: Layer, shards, by_classes, skips, reduction, block_size, parts, x, w, bias, labelled, scale, options
 ):
-    """Each loss times `scale`, or their sum.
-
-    Mapped over x it is a sum for each example, of losses per row. Blocks of rows then need 4 matmuls too, so that they
-    are only for `recompute=False`.
-    """
-    by_classes = recompute
-    if recompute is None:
-        by_classes = reduction == "none" or (w.dtype.itemsize < layer.sum_dtype.itemsize and layer.devices == 1)
-    static = layer, shards, skips, block_size
-    if shards.axis_name is not None or not maps_as_rows(layer, x, w):
-        return _blocked(*static, by_classes, reduction, parts, x, w, bias, labelled, scale, options)
-
-    def losses(by_classes, reduction, shared, by_row):
-        (w, bias, options, class_mask), (x, (selection, *others), scale) = shared, by_row
-        class_mask, class_weights = jax.tree.map(
-            lambda a: a.reshape(*[1] * (x.ndim - 1), -1), (class_mask, options.class_weights)
-        )
-        labelled = selection._replace(class_mask=class_mask), *others
-        options = options._replace(class_weights=class_weights)
-        return _blocked(*static, by_classes, reduction, row_parts(x), x, w, bias, labelled, scale, options)
-
-    def sums(losses):
-        return losses if reduction == "none" else losses.sum(range(1, losses.ndim))
-
-    of_each = functools.partial(losses, recompute is not False, "none")
-    loss = with_batch_as_rows(functools.partial(losses, by_classes, reduction), of_each, sums)
-    shared, selection = (w, bias, options, labelled[0].class_mask), labelled[0]._replace(class_mask=None)
-    return loss(shared, (x, (selection, *labelled[1:]), scale))
-
-
-def _blocked(
-    layer: Layer, shards, skips, block_size, by_classes, reduction, parts, x, w, bias, labelled, scale, options
-):
-    """The loss is ordinary JAX of the rows' numbers."""
+    """Each loss times `scale`, or their sum. The loss is ordinary JAX of the rows' numbers."""
     everything = x, w, bias, labelled, scale, options
     axes = mesh_axes(everything) - mesh_axes(shards.offset())
     x, w, bias, (selection, targets, listed), scale, options = varying_over(axes, everything)

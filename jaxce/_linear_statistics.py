@@ -7,7 +7,6 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from . import _checks
-from ._batching import maps_as_rows, with_batch_as_rows
 from ._checks import Arrays
 from ._class_blocks import class_blocked_rows
 from ._linear import compiled_once
@@ -82,21 +81,6 @@ def linear_label_statistics(
 def _statistics(
     layer: Layer, shards, skips, block_size, x: Array, w, bias, selection: Selection, cap
 ) -> LabelStatistics:
-    static = layer, shards, skips, block_size
-    if shards.axis_name is not None or not maps_as_rows(layer, x, w):
-        return _blocked(*static, x, w, bias, selection, cap)
-
-    def statistics(shared, by_row):
-        (w, bias, class_mask, cap), (x, selection) = shared, by_row
-        class_mask = None if class_mask is None else class_mask.reshape(*[1] * (x.ndim - 1), -1)
-        return _blocked(*static, x, w, bias, selection._replace(class_mask=class_mask), cap)
-
-    return with_batch_as_rows(statistics)(
-        (w, bias, selection.class_mask, cap), (x, selection._replace(class_mask=None))
-    )
-
-
-def _blocked(layer: Layer, shards, skips, block_size, x: Array, w, bias, selection: Selection, cap) -> LabelStatistics:
     everything = x, w, bias, selection, cap
     x, w, bias, selection, cap = varying_over(mesh_axes(everything) - mesh_axes(shards.offset()), everything)
     x, of_blocks = for_blocks(x, selection, skips)

@@ -137,30 +137,6 @@ def test_memory_is_that_of_a_few_blocks(mode, recompute):
     assert temp_bytes(run, (x, w)) <= LIMITS[mode] * BLOCK
 
 
-MAPPED: dict[str, Callable] = {
-    "mean": linear_cross_entropy,
-    "rows": partial(linear_cross_entropy, recompute=False),
-    "classes": partial(linear_cross_entropy, recompute=True),
-    "none": partial(linear_cross_entropy, reduction="none"),
-    "statistics": lambda *a: sum(map(jnp.sum, linear_label_statistics(*a)[:3])),
-    "any loss": fused_linear(integer_loss),
-    "any loss, none": fused_linear(integer_loss, reduction="none"),
-}
-
-
-@pytest.mark.parametrize("form", MAPPED)
-def test_vmap_over_x_makes_blocks_of_all_rows_and_one_gradient_of_w(form):
-    """32 gradients of w would take 250 MiB, and so would the logits of all rows."""
-    x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((32, 64, 64), (64, 32000)))
-    labels = jax.ShapeDtypeStruct((32, 64), jnp.int32)
-
-    def total(x, w, labels):
-        return jax.vmap(MAPPED[form], (0, None, 0))(x, w, labels).sum()
-
-    assert temp_bytes(total, x, w, labels) <= 64 * MIB
-    assert temp_bytes(jax.value_and_grad(total, (0, 1)), x, w, labels) <= 64 * MIB
-
-
 FORMS_OF_HEADS: dict[str, Callable] = {
     "rows": partial(linear_cross_entropy, recompute=False, block_size=128),
     "classes": partial(linear_cross_entropy, recompute=True, block_size=256),
