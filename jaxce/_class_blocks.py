@@ -23,24 +23,20 @@ from ._sharding import ClassShards, gathered, varying_as
 from ._softmax import is_correct, row_of_others, with_listed_capped
 
 
-def max_classes(layer: Layer, rows: int, block_size: int | None, arrays: int) -> int:
+def max_classes(layer: Layer, rows: int, block_size: int | None, with_entropy: bool) -> int:
     """Classes per block of each part. Every block reads and writes dx in float32: R/C of four matmuls, for C classes.
 
     R is the device's peak over its bandwidth: 295 on an H100, 240 on a TPU v5e. So C is 2048 there, or more where the
-    float32 logits of a block then still fit in 64 MiB. On CPU they fit in 32 MiB, together with the other arrays that
-    XLA makes of them there: four for the entropy, one for listed classes.
+    float32 logits of a block then still fit in 64 MiB. On CPU they fit in 16 MiB, and XLA makes one more array of them;
+    with the entropy, in 6.4 MiB. Larger blocks take no less time.
     """
     if block_size is not None:
         block_size = 128 * -(-block_size // 128)
     else:
         rows = known(rows, 2**13)
-        numbers = 2**23 // arrays if layer.on_cpu else 2**24
+        numbers = 2**23 // (5 if with_entropy else 2) if layer.on_cpu else 2**24
         block_size = max(0 if layer.on_cpu else 2048, numbers // max(1, rows))
     return layer.devices * block_size // layer.parts
-
-
-def _arrays(with_entropy: bool, selection: Selection) -> int:
-    return 5 if with_entropy else 1 if selection.listed_ids is None else 2
 
 
 def class_blocked_rows(
@@ -94,11 +90,14 @@ def _on_rows_that_count(layer: Layer, run, inputs: Inputs, selection: Selection,
     if mask is None:
         return run(inputs, selection, *by_row)
 
+    per_row = any(a.ndim > 1 and a.shape[:-1] == lead for a in jax.tree.leaves(inputs.others))
+
     def of_all(inputs, selection, *by_row):  # a NaN in x, times a gradient of 0, would reach dw
         inputs = inputs._replace(x=jnp.where(selection.row_mask[..., None], inputs.x, 0))
+        if not per_row and selection.class_mask is None:  # a mask of finite logits would be one more array on CPU
+            selection = selection._replace(row_mask=None)
         return run(inputs, selection, *by_row)
 
-    per_row = any(a.ndim > 1 and a.shape[:-1] == lead for a in jax.tree.leaves(inputs.others))
     if not CONDITIONALS or layer.devices > 1 or known(mask.size, 0) < SHARES[-1] or per_row:
         return of_all(inputs, selection, *by_row)
 
@@ -167,7 +166,7 @@ def _forward(layer: Layer, shards, block_size, inputs: Inputs, selection, with_e
     if labels is not None:
         nothing = nothing._replace(logit=jnp.where(labels == _labels.INVALID, jnp.nan, zeros))
     listed = None if listed_ids is None else jnp.broadcast_to(zeros[..., None], listed_ids.shape)
-    most = max_classes(layer, zeros.size, block_size, _arrays(with_entropy, selection))
+    most = max_classes(layer, zeros.size, block_size, with_entropy)
     s, listed = over_classes(step, (nothing, listed), layer.classes // layer.parts, most)
     s = shards.joined(s)
     row = _rule.row_of(s)
@@ -216,6 +215,6 @@ def _backward(layer: Layer, shards, block_size, inputs: Inputs, selection, out, 
     grads = grads if grads.x is None else grads._replace(x=grads.x.astype(layer.sum_dtype))
 
     step = functools.partial(step, layer.transposed(inputs.x) if perturbed.w else None)
-    most = max_classes(layer, row.shift.size, block_size, _arrays(row.entropy is not None, selection))
+    most = max_classes(layer, row.shift.size, block_size, row.entropy is not None)
     grads = over_classes(step, grads, layer.classes // layer.parts, most)
     return grads if grads.x is None else grads._replace(x=grads.x.astype(inputs.x.dtype))

@@ -165,10 +165,21 @@ def test_nothing_to_average_is_zero(recompute, rows):
         assert all((np.asarray(a) == 0).all() for a in jax.tree.leaves(got))
 
 
+def soft(x, w, labels, **options):
+    """Dense targets, or with `top_k` those of two listed classes, which are NaN in rows that are left out."""
+    targets = jnp.where(KEPT[..., None], jax.nn.one_hot(labels, 5), jnp.nan)
+    if options.pop("top_k", False):
+        targets = jnp.stack([labels, labels * 0], -1), jnp.stack([targets.sum(-1), 0 * targets[..., 0]], -1)
+    return linear_cross_entropy(x, w, targets, **options)
+
+
 HEADS: dict[str, Any] = {
     "rows": partial(linear_cross_entropy, block_size=4, recompute=False),
     "classes": partial(linear_cross_entropy, block_size=128, recompute=True),
     "none": lambda *a, **k: linear_cross_entropy(*a, reduction="none", **k).sum() / float(KEPT.sum()),
+    "soft, rows": partial(soft, block_size=4, recompute=False),
+    "soft, classes": partial(soft, block_size=128, recompute=True),
+    "top k, classes": partial(soft, block_size=128, recompute=True, top_k=True),
     "any loss": lambda *a, **k: fused_linear(integer_loss, block_size=4)(*a, **k),
     "any loss, none": lambda *a, **k: (
         fused_linear(integer_loss, reduction="none", block_size=4)(*a, **k).sum() / float(KEPT.sum())
@@ -182,7 +193,9 @@ LEFT_OUT: dict[str, Any] = {
     "NaN weight": lambda labels: {"where": jnp.asarray(KEPT), "weights": jnp.where(KEPT, 1.0, jnp.nan)},
     "all": lambda labels: {"where": jnp.zeros(KEPT.shape, bool)},
 }
-LEFT_OUT_CASES = [(h, o) for h in HEADS for o in LEFT_OUT if "any" not in h or o != "ignore_index"]
+# Only integer labels of cross-entropy are ignored; soft targets try two of the ways.
+LEFT_OUT_CASES = [(h, o) for h in HEADS for o in LEFT_OUT if o != "ignore_index" or h in ("rows", "classes", "none")]
+LEFT_OUT_CASES = [(h, o) for h, o in LEFT_OUT_CASES if "," not in h or "any" in h or o in ("where", "all")]
 
 
 @pytest.mark.parametrize("head_, left_out", LEFT_OUT_CASES)
