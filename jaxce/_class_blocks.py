@@ -16,7 +16,7 @@ from ._autodiff import with_backward
 from ._checks import known
 from ._matmuls import CONDITIONALS, Inputs, Layer, checkpointed, over_classes
 from ._options import Selection, Values, listed_vjp, prepared, prepared_vjp
-from ._row_blocks import RowBlocks
+from ._row_blocks import RowBlocks, row_parts
 from ._rule import Row
 from ._schedule import single, sums_of_block
 from ._sharding import ClassShards, gathered, varying_as
@@ -83,8 +83,7 @@ SHARES = 5, 10, 16  # sixteenths of the rows: the fewest of them that hold all t
 def _on_rows_that_count(layer: Layer, run, inputs: Inputs, selection: Selection, *by_row):
     """`run(inputs, selection, *by_row)` on the rows that count, gathered into the smallest of `SHARES` that holds them.
 
-    `run` returns (what is per row, what is not). Masked rows get 0. If fewer rows count than the share holds, copies of
-    one row, with x = 0, fill it up. The last of `by_row`, a cotangent, is 0 for these: they add nothing to dw.
+    `run` returns (what is per row, what is not). Masked rows get 0. Of sharded rows, each part gathers its own.
     """
     mask, lead = selection.row_mask, inputs.x.shape[:-1]
     if mask is None:
@@ -98,34 +97,39 @@ def _on_rows_that_count(layer: Layer, run, inputs: Inputs, selection: Selection,
             selection = selection._replace(row_mask=None)
         return run(inputs, selection, *by_row)
 
-    if not CONDITIONALS or layer.devices > 1 or known(mask.size, 0) < SHARES[-1] or per_row:
+    whole = RowBlocks(lead, row_parts(inputs.x), 1, 0)
+    if not CONDITIONALS or per_row or known(whole.part_rows, 0) < SHARES[-1]:
         return of_all(inputs, selection, *by_row)
 
-    def of_share(share):
-        blocks = RowBlocks(lead, (1,) * len(lead), 1, -(-mask.size * share // SHARES[-1]))
-
-        def of(inputs, selection, *by_row):
-            rows = inputs.x, selection.labels, selection.listed_ids, *by_row
-            slices, take = blocks.cut(rows, selection.row_mask)
-            (x, labels, listed_ids, *rows), new = take(jax.tree.map(lambda a: a[0], slices))
-            x = jnp.where(new[:, None], x, 0)  # what stands in may be masked itself, if no row counts
-            if rows:
-                rows[-1] = jax.tree.map(lambda a: jnp.where(jnp.expand_dims(new, range(1, a.ndim)), a, 0), rows[-1])
-            others, class_mask = jax.tree.map(lambda a: a.reshape(a.shape[-2:]), (inputs.others, selection.class_mask))
-            selected = Selection(labels, class_mask, listed_ids=listed_ids)
-            out, rest = run(Inputs(x, inputs.w, inputs.bias, others), selected, *rows)
-            if rest:
-                shaped = jax.tree.map(
-                    lambda a, d: None if d is None else d.reshape(a.shape), inputs.others, rest.others
-                )
-                rest = rest._replace(others=shaped)
-            return blocks.join(jax.tree.map(lambda a: a[None], out), selection.row_mask), rest
-
-        return of
-
-    too_few = [mask.sum() * SHARES[-1] > mask.size * share for share in SHARES[:-1]]
-    branches = [*map(of_share, SHARES[:-1]), of_all]
+    most = whole.by_parts(mask).sum(-1).max()
+    too_few = [most * SHARES[-1] > whole.part_rows * share for share in SHARES[:-1]]
+    parts = [whole._replace(size=-(-whole.part_rows * share // SHARES[-1])) for share in SHARES[:-1]]
+    branches = [*(functools.partial(_on_share, run, blocks) for blocks in parts), of_all]
     return lax.switch(sum(a.astype(jnp.int32) for a in too_few), branches, inputs, selection, *by_row)
+
+
+def _on_share(run, blocks: RowBlocks, inputs: Inputs, selection: Selection, *by_row):
+    """As `_on_rows_that_count`, of one block that has room for all of them.
+
+    Copies of one row, with x = 0, fill it up. The last of `by_row`, a cotangent, is 0 there: they add nothing to dw.
+    """
+    rows = inputs.x, selection.labels, selection.listed_ids, *by_row
+    slices, take = blocks.cut(rows, selection.row_mask)
+    (x, labels, listed_ids, *rows), new = take(jax.tree.map(lambda a: a[0], slices))
+    x = jnp.where(new[..., None], x, 0)  # what stands in may be masked itself, if no row counts
+    if rows:
+        rows[-1] = jax.tree.map(lambda a: jnp.where(jnp.expand_dims(new, range(new.ndim, a.ndim)), a, 0), rows[-1])
+
+    def of_rows(a):  # [1, ..., 1, any] for [*lead, any]
+        return a.reshape(*[1] * new.ndim, a.shape[-1]) if a.ndim else a
+
+    others, class_mask = jax.tree.map(of_rows, (inputs.others, selection.class_mask))
+    selected = Selection(labels, class_mask, listed_ids=listed_ids)
+    out, rest = run(Inputs(x, inputs.w, inputs.bias, others), selected, *rows)
+    if rest:
+        shaped = jax.tree.map(lambda a, d: None if d is None else d.reshape(a.shape), inputs.others, rest.others)
+        rest = rest._replace(others=shaped)
+    return blocks.join(jax.tree.map(lambda a: a[None], out), selection.row_mask), rest
 
 
 def _block(layer: Layer, shards: ClassShards, inputs: Inputs, selection: Selection, start, size: int):

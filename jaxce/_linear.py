@@ -241,7 +241,7 @@ def linear_cross_entropy(
             without its padding. A masked class has probability 0; its part of `w`, gradient 0, must still be finite.
         label_smoothing, class_weights, logit_cap, z_loss: see `softmax_cross_entropy`, where y is onehot(y).
         block_size: rows per block, as in `fused_linear`; or classes per block and device, rounded up to a multiple of
-            128, by default those whose float32 logits fit in 64 MiB, and at least 2048 (on a CPU, in 32 MiB).
+            128, by default those whose float32 logits fit in 64 MiB, and at least 2048 (on a CPU, in 16 MiB).
         recompute: True for blocks of classes (4 matmuls, no accumulator of w's size), False for blocks of rows (3).
             Default: classes where w is narrower than the float32 sums (a bfloat16 w), on one device or in
             `jax.shard_map`; else rows. With reduction="none" the default is classes. True, or a `jax.checkpoint`, is
@@ -253,9 +253,9 @@ def linear_cross_entropy(
     Returns:
         The loss, in float32 (float64 for float64 operands), a scalar or [...] for "none". A row that is masked, ignored
         or of weight 0 has loss and gradient exactly 0, whatever it holds. Blocks of rows leave such rows out; blocks of
-        classes, on one device, are of 5, 10 or 16 sixteenths of the rows. If all rows are such, or all classes are
-        masked, or there are no rows, loss and gradients are 0. In other rows a label that is invalid, or of a masked
-        class, makes the loss NaN; `check_labels` finds those out of range.
+        classes are of 5, 10 or 16 sixteenths of each device's rows, and with a target for every class of all. If all
+        rows are such, or all classes are masked, or there are no rows, loss and gradients are 0. In other rows a label
+        that is invalid, or of a masked class, makes the loss NaN; `check_labels` finds those out of range.
 
         `jax.vmap` over x makes logits, and a gradient of w, for each example. Leading axes of x, and reduction="none",
         do not.

@@ -51,10 +51,8 @@ class Selection(NamedTuple):
         return rows if self.class_mask is None else self.class_mask & rows
 
     def class_count(self, shards: ClassShards) -> Array | int:
-        """The classes of each row [..., 1] that are not masked, on all shards; at least 1."""
-        if self.class_mask is None:
-            return shards.classes
-        return jnp.maximum(shards.total(self.class_mask.sum(-1, keepdims=True)), 1)
+        """The classes of each row [...] (axes may be 1) that are not masked, on all shards; at least 1."""
+        return shards.classes if self.class_mask is None else jnp.maximum(shards.total(self.class_mask.sum(-1)), 1)
 
 
 class Options(NamedTuple):
@@ -177,7 +175,6 @@ def combined(row: Row, options: Options, selection: Selection, shards: ClassShar
             loss = weighted(weight, loss)
         if smoothing is not None:
             share = smoothing / jnp.asarray(selection.class_count(shards), smoothing.dtype)
-            share = share if share.ndim == 0 else share[..., 0]
             loss = weighted(1 - smoothing, loss) + weighted(share, row.target_loss)
     if options.z_loss is not None:
         log_normalizer = row.shift + row.log_sum
@@ -201,5 +198,5 @@ def with_dense_targets(
         return values
     t = jnp.broadcast_to(values.targets.astype(dtype), shape)
     t = t if selection.mask is None else jnp.where(selection.mask, t, 0)
-    mean = shards.total(t.sum(-1, keepdims=True)) / jnp.asarray(selection.class_count(shards), dtype)
-    return values._replace(target_scale=1 - smoothing, target_floor=smoothing * mean)
+    mean = shards.total(t.sum(-1)) / jnp.asarray(selection.class_count(shards), dtype)
+    return values._replace(target_scale=1 - smoothing, target_floor=smoothing * mean[..., None])

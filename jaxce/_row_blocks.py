@@ -350,8 +350,8 @@ def _block(layer: Layer, block_loss, inputs: Inputs, perturbed: Inputs, apart: i
     (x, rows, g), (dw, dbias, dconsts) = taken, totals
     g = g if new is None else jax.tree.map(lambda g: jnp.where(new, g, 0), g)
     # If no row of a block (or of one of its parts) counts, the block repeats a masked row. That may hold NaN: use 0.
-    repeated = ~new[..., None] if masks and new is not None else None
-    x = x if repeated is None else jnp.where(repeated, 0, x)
+    repeated = None if new is None or not masks else ~new
+    x = x if repeated is None else jnp.where(repeated[..., None], 0, x)
     z = layer.logits(x, inputs.w, inputs.bias)
     loss, values, to_tree = of_perturbed(
         lambda z, others: block_loss(others[1], z, *others[0]),
@@ -360,9 +360,9 @@ def _block(layer: Layer, block_loss, inputs: Inputs, perturbed: Inputs, apart: i
     )
     losses, loss_vjp, aux = jax.vjp(loss, values, has_aux=True)
     dz, (drows, block_dconsts) = to_tree(loss_vjp(g)[0])
-    if repeated is not None and new is not None:
-        dz = jnp.where(repeated, 0, dz)
-        block_dconsts = jax.tree.map(lambda d: jnp.where(new.any(), d, 0), block_dconsts)
+    if repeated is not None:
+        dz = jnp.where(repeated[..., None], 0, dz)
+        block_dconsts = jax.tree.map(lambda d: jnp.where(repeated.all(), 0, d), block_dconsts)
     dx = layer.dx_of_few(dz, inputs.w).astype(inputs.x.dtype) if perturbed.x else None
     dw = layer.add_dw(dw, x, dz) if perturbed.w else None
     dbias = dbias + dz.sum(range(apart, dz.ndim - 1)) if perturbed.bias else None

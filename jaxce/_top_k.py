@@ -155,8 +155,7 @@ def loss_of_rows(
     smoothing, share = options.label_smoothing, None
     if smoothing is not None:
         mass, kept = t.sum(-1) + rest, 1 - smoothing
-        classes = jnp.asarray(selection.class_count(shards), smoothing.dtype)
-        share = smoothing * mass / (classes if classes.ndim == 0 else classes[..., 0])
+        share = smoothing * mass / jnp.asarray(selection.class_count(shards), smoothing.dtype)
         t, rest = kept * t + share[..., None], kept * rest + share * row.mass
     t = t if weights is None else product(t, weights)
     t = jnp.concatenate([t, rest[..., None]], -1)

@@ -65,9 +65,9 @@ PATHS = [  # the slow ones are loops of others again: the default is rows in flo
         ("recompute", jnp.float32, False),
         ("recompute", jnp.bfloat16, True),
         ("per row", jnp.float32, True),
-        ("per row", jnp.bfloat16, False),
+        ("per row", jnp.bfloat16, True),
         ("fused_linear", jnp.float32, True),
-        ("fused_linear", jnp.bfloat16, False),
+        ("fused_linear", jnp.bfloat16, True),
     ]
 ]
 

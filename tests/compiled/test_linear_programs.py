@@ -14,6 +14,7 @@ from ..helpers import (
     BF16_LOOPS,
     MIB,
     MODES,
+    SKIPS,
     compiled,
     dense_loss,
     head,
@@ -151,9 +152,6 @@ FORMS_OF_HEADS: dict[str, Callable] = {
     "any loss": fused_linear(integer_loss, block_size=128),
     "any loss, none": fused_linear(integer_loss, reduction="none", block_size=128),
 }
-
-
-SKIPS = jax.__version_info__ >= (0, 11)  # jax 0.10 computes all blocks, of all rows: see `_matmuls.CONDITIONALS`
 
 
 def test_blocks_without_a_row_that_counts_are_not_computed():

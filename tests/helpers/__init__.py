@@ -16,6 +16,7 @@ from .modes import named as named
 from .modes import two_of as two_of
 from .oracle import BF16_LOOPS as BF16_LOOPS
 from .oracle import NO_BF16_LOOPS as NO_BF16_LOOPS
+from .oracle import SKIPS as SKIPS
 from .oracle import TOLERANCE as TOLERANCE
 from .oracle import Truth as Truth
 from .oracle import assert_all_close as assert_all_close

@@ -332,7 +332,10 @@ OF_A_ROW: dict[str, Callable] = {  # of (x, w), and row arguments
 MASK = jnp.arange(20) != 7
 
 
-@pytest.mark.parametrize("head_", OF_A_ROW)
+QUICK_OF_A_ROW = {("options",), ("by rows",), ("none",), ("any losses",), ("statistics",)}
+
+
+@pytest.mark.parametrize("head_", cases(OF_A_ROW, quick=QUICK_OF_A_ROW))
 def test_vmap_is_the_head_of_each_example(x64, head_):
     """Over x and all row arguments, as one batch; and over every second one, twice."""
     x, w, labels = head((4, 5), 6, 20, "float64")

@@ -44,9 +44,12 @@ class Structure(NamedTuple):
         return cls(integer, batch, classes, axis, where, some(), some(), some(), some(), integer and some(), some())
 
     def of_head(self, head: str) -> "Structure":
-        """Of rows [N, K] with integer labels, which a head takes with a row mask, or one class mask for all, if any."""
+        """Of rows [N, K] with integer labels, which a head takes with a row mask, or one class mask for all, if any.
+
+        Four times as many, if some may be ignored: blocks of classes gather those that count of 16 or more.
+        """
         where = self.where if self.where == "rows" else self.where and "classes of all rows"
-        batch, classes = (max(1, math.prod(self.batch)),), (math.prod(self.classes),)
+        batch, classes = (max(1, math.prod(self.batch)) * (4 if self.ignore_index else 1),), (math.prod(self.classes),)
         s = self._replace(form=head, batch=batch, classes=classes, axis=-1, where=where)
         return s._replace(label_smoothing=False, class_weights=False) if head == "statistics" else s
 

@@ -48,7 +48,10 @@ def of_head(loss_fn, z, labels, axis, where, **options):
 
 HEADS = {
     "statistics": functools.partial(of_head, statistics_loss),
-    "per row": functools.partial(of_head, functools.partial(jaxce.linear_cross_entropy, reduction="none")),
+    "by classes": functools.partial(of_head, functools.partial(jaxce.linear_cross_entropy, reduction="none")),
+    "by rows": functools.partial(
+        of_head, functools.partial(jaxce.linear_cross_entropy, reduction="none", recompute=False, block_size=3)
+    ),
 }
 TOP_K, LISTED = "top k", 6
 

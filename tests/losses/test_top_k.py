@@ -78,7 +78,9 @@ def test_axes(axis):
 
 TOP_K_MODES = ("jvp", "linearize", "jacfwd of jacrev", "jacrev of jacfwd", "jacrev of jacrev", "jvp of hessian")
 TOP_K_MODES += ("scan", "checkpoint", "vmap of jacrev", "linear_transpose")
-QUICK = {("all", mode) for mode in TOP_K_MODES} | {("tail", mode) for mode in ("jvp", "jacfwd of jacrev", "scan")}
+QUICK = {("all", mode) for mode in TOP_K_MODES if not mode.startswith("jacrev of")} | {
+    ("tail", mode) for mode in ("jvp", "jacfwd of jacrev", "scan")
+}
 
 
 @pytest.mark.parametrize("form, mode", cases(("all", "tail", "plain"), TOP_K_MODES, quick=QUICK))

@@ -1,5 +1,6 @@
 """Sharded: what is exchanged over classes, other layouts of x and w, statistics, every mode, uneven shards."""
 
+import re
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..collectives import collectives
 from ..helpers import (
     LOSSES,
     MODES,
+    SKIPS,
     assert_all_close,
     assert_close,
     cases,
@@ -269,6 +271,31 @@ def test_a_device_without_a_row_that_counts(form, axis_type):
     dx = np.asarray(dx)
     assert_all_close((got, dx[:7], dw), (wanted, wanted_dx, wanted_dw), factor=4)
     assert (dx[7:] == 0).all()
+
+
+OF_ROWS = {
+    "classes": partial(jaxce.linear_cross_entropy, recompute=True, logit_cap=2.0),
+    "statistics": lambda *a, **o: sum(a.sum() for a in jaxce.linear_label_statistics(*a, **o)[:3]),
+}
+
+
+@pytest.mark.parametrize("form, axis_type", [("classes", AxisType.Auto), ("statistics", AxisType.Explicit)])
+def test_each_device_computes_its_own_rows_that_count(form, axis_type):
+    """0, 3, 6 and 7 of 21 on each device: 7 of each, 5/16, are computed. No rows of x are exchanged."""
+    x, w, labels = head((21, 4), D, K)  # time first
+    kept = (jnp.arange(21)[:, None] * 8 % 21) < jnp.array([[0, 3, 6, 7]])
+    gradient = jax.value_and_grad(lambda x, w, labels, kept: OF_ROWS[form](x, w, labels, where=kept), (0, 1))
+    wanted, (wanted_dx, wanted_dw) = gradient(x[kept], w, labels[kept], kept[kept])
+    padded = jnp.where(kept[..., None], x, jnp.nan), w, jnp.where(kept, labels, -1), kept
+    arguments = placed(mesh(axis_type), padded, (P(None, "data"), P(), P(None, "data"), P(None, "data")))
+    executable = compiled(gradient, *arguments)
+    got, (dx, dw) = executable(*arguments)
+    dx = np.asarray(dx)
+    assert_all_close((got, dx[kept], dw), (wanted, wanted_dx, wanted_dw), factor=4)
+    assert (dx[~kept] == 0).all()
+    text = executable.as_text()
+    assert not [c for c in collectives(text) if c.operation != "all-reduce"]
+    assert not SKIPS or re.search(rf"f32\[7,{K}\]\S* dot\(", text)
 
 
 def test_no_device_waits_for_one_without_a_row_that_counts():
