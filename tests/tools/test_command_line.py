@@ -45,9 +45,15 @@ def test_json_has_errors_times_and_memory(float32_only, capsys):
     assert "all checks passed" in printed.err
 
 
-@pytest.mark.parametrize("name", ["softmax_cross_entropy", "linear_cross_entropy"])
 @pytest.mark.parametrize(
-    "wrong", [lambda loss: -loss, lambda loss: 0 * loss, lambda loss: loss * (1 + 1e-5), lambda loss: loss * math.nan]
+    ("name", "wrong"),
+    [
+        ("softmax_cross_entropy", lambda loss: -loss),
+        ("softmax_cross_entropy", lambda loss: loss * (1 + 1e-5)),
+        ("softmax_cross_entropy", lambda loss: loss * math.nan),
+        ("linear_cross_entropy", lambda loss: 0 * loss),
+        ("linear_cross_entropy", lambda loss: loss * (1 + 1e-5)),
+    ],
 )
 def test_exits_with_1_and_says_so_when_a_loss_is_wrong(float32_only, monkeypatch, capsys, name, wrong):
     right = getattr(jaxce, name)
