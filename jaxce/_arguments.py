@@ -21,8 +21,7 @@ def with_masks(
     mask = _checks.mask(function, where, shape, axes)
     if mask.ndim < len(shape):
         mask = jnp.expand_dims(mask, axes)
-    mask = mask if all(mask.shape[a] == 1 for a in axes) else _broadcast_classes(mask, axes, shape)
-    mask = classes_last(mask, axes, mask.shape)
+    mask = classes_last(mask, axes, mask.shape if all(mask.shape[a] == 1 for a in axes) else shape)
     # A row without any class does not count.
     row_mask = jnp.broadcast_to(shards.total(mask.any(-1).astype(jnp.int32)) > 0, logits.shape[:-1])
     class_mask = mask if mask.shape[-1] == shards.local else None
@@ -56,10 +55,6 @@ def classes_last(array: Array, axes: tuple[int, ...], shape: tuple[int, ...]) ->
     """
     if axes == (-1,):
         return array
-    array = jnp.moveaxis(_broadcast_classes(array, axes, shape), axes, range(-len(axes), 0))
-    return last_axes_merged(array, len(axes))
-
-
-def _broadcast_classes(array: Array, axes: tuple[int, ...], shape: tuple[int, ...]) -> Array:
     wanted = (shape[a] if a in axes else array.shape[a] for a in range(-array.ndim, 0))
-    return jnp.broadcast_to(array, tuple(wanted))
+    array = jnp.moveaxis(jnp.broadcast_to(array, tuple(wanted)), axes, range(-len(axes), 0))
+    return last_axes_merged(array, len(axes))

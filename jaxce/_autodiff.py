@@ -84,6 +84,8 @@ def transposed(pullback: Callable, residuals: Any, tangents: list[Array], like: 
         [ 1  0] [x1]   [t]
         [−P  1] [x2] = [0]
 
+    `solve` is the tangent, `transpose_solve` reverse mode, and `matvec` for derivatives of the system itself.
+
     JAX fails if only some parts of the right-hand side have tangents; in derivatives of the system too. So each part is
     made to depend on all tangents and residuals: zeros computed from them are added, or ones multiplied (`_zeros_of`).
     Test: test_blocks_of_classes_update_dw_in_place; without `_nothing`, test_cross_entropy_in_every_mode.

@@ -177,29 +177,22 @@ def mask(function: str, where: Arrays, logits: tuple[int, ...], axes: tuple[int,
 
 
 def scalar(
-    function: str,
-    argument: str,
-    value: ArrayLike,
-    dtype,
-    low: float | None = None,
-    high: float | None = None,
-    *,
-    open_interval: bool = False,
+    function: str, argument: str, value: ArrayLike, dtype, high: float | None = None, *, open_interval: bool = False
 ) -> Array:
-    """An option of one number, in [low, high] or (low, high). Outside: an error, or NaN where it is traced."""
+    """An option of one number, in [0, high] or (0, high). Outside: an error, or NaN where it is traced."""
     array = real(function, argument, value)
     if array.ndim:
         raise value_error(function, argument, f"of shape {array.shape}", "a scalar")
     if isinstance(value, bool) or getattr(value, "dtype", None) == jnp.bool_:
         raise type_error(function, argument, "of dtype bool", "a number")
     array = array.astype(dtype)
-    if low is None or high is None:
+    if high is None:
         return array
     number: Any = array if isinstance(value, Tracer) else np.float64(jax.device_get(value))
-    inside = (number > low) & (number < high) if open_interval else (number >= low) & (number <= high)
+    inside = (number > 0) & (number < high) if open_interval else (number >= 0) & (number <= high)
     if isinstance(value, Tracer):
         return jnp.where(inside, array, jnp.nan)
     if not inside:
-        brackets = "({}, {})" if open_interval else "[{}, {}]"
-        raise value_error(function, argument, f"{value}", "a number in " + brackets.format(low, high))
+        brackets = "(0, {})" if open_interval else "[0, {}]"
+        raise value_error(function, argument, f"{value}", "a number in " + brackets.format(high))
     return array

@@ -5,7 +5,6 @@ of dw at once, and adds to dx. What is saved is x, w, labels and numbers per row
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from ._matmuls import CONDITIONALS, Inputs, Layer, checkpointed, over_classes
 from ._options import Selection, Values, listed_vjp, prepared, prepared_vjp
 from ._row_blocks import RowBlocks, row_parts
 from ._rule import Row
-from ._schedule import single, sums_of_block
+from ._schedule import is_label, nan_if_invalid, single, sums_of_block
 from ._sharding import ClassShards, gathered, varying_as
 from ._softmax import is_correct, row_of_others, with_listed_capped
 
@@ -52,25 +51,25 @@ def class_blocked_rows(
     `inputs.others` is `Values` without logits. With entropy, also 1.0 where the label is the first largest class. With
     listed classes, the numbers of the other classes, and the logits [..., M] of those listed.
     """
-    static, apart = (shards, block_size), {"platforms": ("cpu", "gpu")}  # TPUs as GPUs
     inputs = varying_as(inputs, inputs, selection, shards.offset())
 
-    def forward(arguments):
-        def run(inputs, selection):
-            loop = functools.partial(_forward, with_entropy=with_entropy)
-            out = layer.by_platform(lambda layer, *args: loop(layer, *static, *args), inputs, selection, **apart)
-            return out, ()
+    def by_blocks(loop, *arguments, **static):
+        def run(layer, inputs, *arguments):
+            inputs = inputs._replace(w=gathered(inputs.w, 1 - layer.class_axis))
+            return loop(layer, shards, block_size, inputs, *arguments, **static)
 
-        return _on_rows_that_count(layer, run, *arguments)[0]
+        return layer.by_platform(run, *arguments, platforms=("cpu", "gpu"))  # TPUs as GPUs
+
+    def forward(arguments):
+        numbers = functools.partial(by_blocks, _forward, with_entropy=with_entropy)
+        return _on_rows_that_count(lambda *arguments: (numbers(*arguments), ()), *arguments)[0]
 
     def backward(arguments, out, g, perturbed):
-        loop = functools.partial(_backward, perturbed=perturbed[0])
-
         def run(*arguments):
-            gradients = layer.by_platform(lambda layer, *args: loop(layer, *static, *args), *arguments, **apart)
+            gradients = by_blocks(_backward, *arguments, perturbed=perturbed[0])
             return gradients.x, gradients._replace(x=None)
 
-        dx, others = _on_rows_that_count(layer, run, *arguments, out, g)
+        dx, others = _on_rows_that_count(run, *arguments, out, g)
         return others._replace(x=dx), None
 
     (row, listed), correct = with_backward(forward, backward)((inputs, selection))
@@ -80,10 +79,11 @@ def class_blocked_rows(
 SHARES = 5, 10, 16  # sixteenths of the rows: the fewest of them that hold all that count are computed
 
 
-def _on_rows_that_count(layer: Layer, run, inputs: Inputs, selection: Selection, *by_row):
+def _on_rows_that_count(run, inputs: Inputs, selection: Selection, *by_row):
     """`run(inputs, selection, *by_row)` on the rows that count, gathered into the smallest of `SHARES` that holds them.
 
-    `run` returns (what is per row, what is not). Masked rows get 0. Of sharded rows, each part gathers its own.
+    Forward, `by_row` is (), and `run` returns (numbers per row, ()). Backward, it is (those numbers, their cotangents),
+    and `run` returns (dx, the other gradients). Masked rows get 0. Of sharded rows, each part gathers its own.
     """
     mask, lead = selection.row_mask, inputs.x.shape[:-1]
     if mask is None:
@@ -111,7 +111,7 @@ def _on_rows_that_count(layer: Layer, run, inputs: Inputs, selection: Selection,
 def _on_share(run, blocks: RowBlocks, inputs: Inputs, selection: Selection, *by_row):
     """As `_on_rows_that_count`, of one block that has room for all of them.
 
-    Copies of one row, with x = 0, fill it up. The last of `by_row`, a cotangent, is 0 there: they add nothing to dw.
+    Copies of one row, with x = 0, fill it up. Their cotangents are 0: they add nothing to dw.
     """
     rows = inputs.x, selection.labels, selection.listed_ids, *by_row
     slices, take = blocks.cut(rows, selection.row_mask)
@@ -135,14 +135,14 @@ def _on_share(run, blocks: RowBlocks, inputs: Inputs, selection: Selection, *by_
 def _block(layer: Layer, shards: ClassShards, inputs: Inputs, selection: Selection, start, size: int):
     """Of one block of classes: w, `Values`, `Selection`, and its classes [1, ..., 1, C]."""
 
-    def take(a) -> Any:
-        return None if a is None else layer.take(a, start, size, -1) if a.shape[-1:] == (layer.classes,) else a
+    def take(a: Array) -> Array:
+        return layer.take(a, start, size, -1) if a.shape[-1:] == (layer.classes,) else a
 
     w = layer.take_w(inputs.w, start, size)
-    z = layer.logits(inputs.x, w, take(inputs.bias))
+    values, bias, class_mask = jax.tree.map(take, (inputs.others, inputs.bias, selection.class_mask))
+    z = layer.logits(inputs.x, w, bias)
     ids = jnp.expand_dims(layer.take(shards.ids(), start, size), range(z.ndim - 1))
-    values = jax.tree.map(take, inputs.others)._replace(logits=z)
-    selection = selection._replace(class_mask=take(selection.class_mask), in_block=())
+    values, selection = values._replace(logits=z), selection._replace(class_mask=class_mask, in_block=())
     if selection.listed_ids is not None:
         part, place = jnp.divmod(selection.listed_ids, layer.classes // layer.parts)
         here = (place >= start) & (place < start + size)
@@ -151,7 +151,6 @@ def _block(layer: Layer, shards: ClassShards, inputs: Inputs, selection: Selecti
 
 
 def _forward(layer: Layer, shards, block_size, inputs: Inputs, selection, with_entropy: bool):
-    inputs = inputs._replace(w=gathered(inputs.w, 1 - layer.class_axis))
     labels, listed_ids = selection.labels, selection.listed_ids
 
     @checkpointed
@@ -159,7 +158,7 @@ def _forward(layer: Layer, shards, block_size, inputs: Inputs, selection, with_e
         total, listed = total
         _, values, selected, ids = _block(layer, shards, inputs, selection, start, size)
         z, t = prepared(values, selected)
-        s = sums_of_block(layer.on_cpu, z, _at(labels, ids), t, ids if with_entropy else None)
+        s = sums_of_block(layer.on_cpu, z, is_label(labels, ids), t, ids if with_entropy else None)
         listed = None if listed is None else listed + listed_vjp(values, selected)[0]
         return _rule.joined(total, s), listed
 
@@ -168,7 +167,7 @@ def _forward(layer: Layer, shards, block_size, inputs: Inputs, selection, with_e
     no_class = jnp.full_like(zeros, jnp.iinfo(jnp.int32).max, jnp.int32) if with_entropy else None
     nothing = single(zeros - jnp.inf, None if labels is None else zeros > 0, t, no_class)
     if labels is not None:
-        nothing = nothing._replace(logit=jnp.where(labels == _labels.INVALID, jnp.nan, zeros))
+        nothing = nothing._replace(logit=nan_if_invalid(zeros, labels))
     listed = None if listed_ids is None else jnp.broadcast_to(zeros[..., None], listed_ids.shape)
     most = max_classes(layer, zeros.size, block_size, with_entropy)
     s, listed = over_classes(step, (nothing, listed), layer.classes // layer.parts, most)
@@ -179,13 +178,8 @@ def _forward(layer: Layer, shards, block_size, inputs: Inputs, selection, with_e
     return out, correct
 
 
-def _at(labels: Array | None, ids: Array) -> Any:
-    return None if labels is None else ids == labels[..., None]
-
-
 def _backward(layer: Layer, shards, block_size, inputs: Inputs, selection, out, g, perturbed: Inputs):
     """The gradients of ⟨g, out⟩ with respect to `inputs`, None where not `perturbed`."""
-    inputs = inputs._replace(w=gathered(inputs.w, 1 - layer.class_axis))
     rows, g = range(inputs.x.ndim - 1), shards.cotangents(g, inputs.x)
     row, g_row = jax.tree.map(lambda a: a[..., None], (out[0], g[0]))
 
@@ -194,7 +188,7 @@ def _backward(layer: Layer, shards, block_size, inputs: Inputs, selection, out, 
         w, values, selected, ids = _block(layer, shards, inputs, selection, start, size)
         (z, t), options_vjp = prepared_vjp(values, selected)
         z = z if selection.listed_ids is None else with_listed_capped(z, row)
-        (dvalues,) = options_vjp(_rule.gradient(z, _at(selection.labels, ids), t, row, g_row))
+        (dvalues,) = options_vjp(_rule.gradient(z, is_label(selection.labels, ids), t, row, g_row))
         if selected.listed_ids is not None:
             dvalues = listed_vjp(values, selected)[1](dvalues, g[1])
         dz = dvalues.logits

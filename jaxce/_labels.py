@@ -52,7 +52,7 @@ def validated(labels: Array, class_mask: Array | None, row_mask: Array | None, s
 def local_index(labels: Array, shards: ClassShards) -> tuple[Array, Array]:
     """Where on this shard a label's class is, and whether it is here; 0 where it is not."""
     index = labels - shards.offset()
-    here = (labels >= 0) & (index >= 0) & (index < shards.local)
+    here = (index >= 0) & (index < shards.local)
     return jnp.where(here, index, 0), here
 
 

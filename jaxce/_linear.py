@@ -33,7 +33,7 @@ from ._linear_arguments import (
     rows_that_count,
 )
 from ._matmuls import Inputs, Layer
-from ._options import Options, Values, with_dense_targets, with_uniform_targets
+from ._options import Options, values_of
 from ._row_blocks import check_constants, coupled, losses_axes, row_parts, sweep_of
 from ._sharding import ClassShards, in_auto, mesh_axes, reduced_as, varying_as, varying_over
 from ._softmax import row_statistics
@@ -130,17 +130,13 @@ def fused_linear(
 
 
 @functools.cache
-def _compiled(f: Callable[..., Any], static: int):
-    return jax.jit(f, static_argnums=range(static), inline=True)
-
-
-def compiled_once(f: Callable[..., Any], static: int, shards: ClassShards) -> Callable[..., Any]:
+def compiled_once(f: Callable[..., Any], static: int, axis_name: str | None) -> Callable[..., Any]:
     """`f`, whose first arguments are static, for eager calls.
 
     With an axis_name it stays as it is: of a jit in `jax.vmap(axis_name=...)`, JAX's derivatives fail where results are
     the same on all shards. Test: test_is_the_naive_formula_in_every_world, vmap.
     """
-    return _compiled(f, static) if shards.axis_name is None else f
+    return jax.jit(f, static_argnums=range(static), inline=True) if axis_name is None else f
 
 
 def _holds_nothing(f: Callable[..., Any]) -> bool:
@@ -159,13 +155,13 @@ def _compiled_by_rows(*static):
 def _by_rows(loss_fn, has_aux: bool, reduction, block_size, layer: Layer, parts, x, w, bias, row_args, row_mask, scale):
     """(each loss times `scale`, or their sum; aux), by blocks of rows."""
     several, arrays = reduction == "none", (varying_as(x, scale, row_mask), w, bias, row_args, row_mask)
-    sweep, inputs, loss = sweep_of("fused_linear", layer, loss_fn, has_aux, several, parts, block_size, *arrays)
-    if not several and mesh_axes(scale) <= losses_axes(loss) and not coupled(loss):
-        return _summed(sweep, loss, inputs, scale, layer)
+    sweep, inputs, closed = sweep_of(layer, loss_fn, has_aux, several, parts, block_size, *arrays)
+    if not several and mesh_axes(scale) <= losses_axes(closed) and not coupled(closed):
+        return _summed(sweep, closed, inputs, scale, layer)
 
     def backward(inputs, _, g, perturbed):  # g comes in equal copies where shards share the losses
         g, treedef = jax.tree.flatten(g)
-        like = [varying_over(losses_axes(loss, i), jnp.zeros(())) for i in range(len(g))]
+        like = [varying_over(losses_axes(closed, i), jnp.zeros(())) for i in range(len(g))]
         g = jax.tree.unflatten(treedef, [reduced_as(a, b, lax.pmean) for a, b in zip(g, like, strict=True)])
         gradients = sweep(inputs, g, perturbed)[0][1]
         return jax.tree.map(lambda a, d: None if d is None else d.astype(a.dtype), inputs, gradients)
@@ -177,7 +173,7 @@ def _by_rows(loss_fn, has_aux: bool, reduction, block_size, layer: Layer, parts,
     return jax.tree.map(lambda a, b: b if a is None else a, losses, others, is_leaf=lambda a: a is None), aux
 
 
-def _summed(sweep, loss, inputs: Inputs, scale: Array, layer: Layer):
+def _summed(sweep, closed, inputs: Inputs, scale: Array, layer: Layer):
     """(Σ scale·losses, aux), whose gradients are made in the forward pass.
 
     With float16, in units of the largest |scale|: 1/N of a mean would round them to nothing, and reverse mode brings
@@ -185,14 +181,14 @@ def _summed(sweep, loss, inputs: Inputs, scale: Array, layer: Layer):
     """
 
     def gradients(inputs, g, perturbed):
-        check_constants(loss, inputs, perturbed)
+        check_constants(closed, inputs, perturbed)
         return sweep(inputs, g, perturbed)
 
     unit, dtypes = None, [layer.operand_dtype, *(a.dtype for a in jax.tree.leaves(inputs))]
     if jnp.float16 in dtypes and scale.size:
         unit = lax.stop_gradient(jnp.abs(scale).max())
         unit = jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1)
-    scale = varying_over(losses_axes(loss), scale if unit is None else scale / unit)
+    scale = varying_over(losses_axes(closed), scale if unit is None else scale / unit)
     total, (_, aux) = with_gradients(sweep, gradients)(inputs, scale)
     return total if unit is None else total * unit, aux
 
@@ -277,9 +273,9 @@ def linear_cross_entropy(
     layer, x, w, bias = Layer.of(function, x, w, bias, class_axis, dtype)
     rows = x.shape[:-1]
     weights, normalizer = check_weights(function, weights, normalizer, rows, reduction, layer)
-    given = dict(label_smoothing=label_smoothing, class_weights=class_weights, logit_cap=logit_cap, z_loss=z_loss)
     shards = ClassShards(layer.classes, _checks.mesh_axis(function, axis_name))
-    options = Options.of(function, layer.sum_dtype, x.ndim, shards, given)
+    given = label_smoothing, class_weights, logit_cap, z_loss
+    options = Options.of(function, layer.sum_dtype, x.ndim, shards, *given)
     labelled, weights, skips = labelled_rows(
         function, layer, rows, labels, tail, ignore_index, class_mask, where, weights, options, shards
     )
@@ -288,7 +284,7 @@ def linear_cross_entropy(
     scale = row_scale(reduction, weights, normalizer, rows, layer)
     if recompute is None:
         recompute = reduction == "none" or (w.dtype.itemsize < layer.sum_dtype.itemsize and layer.devices == 1)
-    loss_of = compiled_once(_loss_of, 7, shards)
+    loss_of = compiled_once(_loss_of, 7, axis_name)
     loss_of = functools.partial(loss_of, layer, shards, recompute, skips, reduction, block_size, row_parts(x))
     axes = len(rows) if reduction == "none" else 0
     return in_auto(loss_of, x, axes, x, w, bias, labelled, scale, options)
@@ -302,16 +298,10 @@ def _loss_of(
     axes = mesh_axes(everything) - mesh_axes(shards.offset())
     x, w, bias, (selection, targets, listed), scale, options = varying_over(axes, everything)
 
-    def values_of(logits, ndim, selection, targets, options):
-        values = Values(logits, targets, logit_cap=options.logit_cap)
-        if targets is None:
-            return with_uniform_targets(values, options, ndim, layer.sum_dtype)
-        return with_dense_targets(values, targets.shape, options, selection, layer.sum_dtype, shards)
-
     x, of_blocks = for_blocks(x, selection, skips)
     if by_classes:
-        inputs = Inputs(x, w, bias, values_of(None, x.ndim, selection, targets, options))
-        found = class_blocked_rows(layer, inputs, of_blocks, block_size, shards)
+        values = values_of(None, targets, (*x.shape[:-1], layer.classes), options, selection, shards)
+        found = class_blocked_rows(layer, Inputs(x, w, bias, values), of_blocks, block_size, shards)
         loss = loss_of_rows(*found, listed, options, selection, shards)
         loss = loss if scale is None else weighted(scale, loss)
         return loss if reduction == "none" else jnp.sum(loss)
@@ -323,7 +313,7 @@ def _loss_of(
 
     def loss_of_block(logits, selection, targets, listed):
         selection = selection._replace(class_mask=class_mask)
-        values = values_of(logits, logits.ndim, selection, targets, of_block)
+        values = values_of(logits, targets, logits.shape, of_block, selection, shards)
         return loss_of_rows(*row_statistics(values, selection, shards), listed, of_block, selection, shards)
 
     rows = selection._replace(class_mask=None, row_mask=None if skips else selection.row_mask), targets, listed

@@ -71,11 +71,10 @@ def linear_label_statistics(
     labels = _checks.integer(function, "labels", labels)
     _checks.shape(function, "labels", labels, x.shape[:-1], "one label for each row of x")
     shards = ClassShards(layer.classes, _checks.mesh_axis(function, axis_name))
-    options = Options.of(function, layer.sum_dtype, x.ndim, shards, dict(logit_cap=logit_cap))
+    options = Options.of(function, layer.sum_dtype, x.ndim, shards, cap=logit_cap)
     selection, _, skips = selected(function, labels.shape, labels, class_mask, ignore_index, where, None, shards)
-    axes = LabelStatistics._make([labels.ndim] * 4)
-    statistics = functools.partial(compiled_once(_statistics, 4, shards), layer, shards, skips, block_size)
-    return in_auto(statistics, x, axes, x, w, bias, selection, options.logit_cap)
+    statistics = functools.partial(compiled_once(_statistics, 4, axis_name), layer, shards, skips, block_size)
+    return in_auto(statistics, x, labels.ndim, x, w, bias, selection, options.logit_cap)
 
 
 def _statistics(

@@ -13,7 +13,7 @@ from . import _checks
 from ._arguments import classes_last, labelled_rows, with_masks
 from ._checks import Arrays, Axes
 from ._labels import ignored, signed
-from ._options import Options, Selection, Values, combined, statistics_dtype, with_dense_targets, with_uniform_targets
+from ._options import Options, Selection, Values, combined, statistics_dtype, values_of
 from ._rule import Row
 from ._sharding import in_auto
 from ._softmax import row_statistics
@@ -78,12 +78,9 @@ def softmax_cross_entropy(
     shape = _checks.dense_shape(function, labels, targets.shape, z.shape, axes)
     z, selection, shards = with_masks(function, jnp.broadcast_to(z, shape), axes, where, axis_name)
     targets = classes_last(targets.reshape((1,) * (len(shape) - targets.ndim) + targets.shape), axes, shape)
-    given = dict(label_smoothing=label_smoothing, class_weights=class_weights, logit_cap=logit_cap, z_loss=z_loss)
     dtype = statistics_dtype(z, targets)
-    options = Options.of(function, dtype, z.ndim, shards, given)
-
-    values = Values(z, targets, logit_cap=options.logit_cap)
-    values = with_dense_targets(values, z.shape, options, selection, dtype, shards)
+    options = Options.of(function, dtype, z.ndim, shards, label_smoothing, class_weights, logit_cap, z_loss)
+    values = values_of(z, targets, z.shape, options, selection, shards)
     row, _ = row_statistics(values, selection, shards)
     return combined(row, options, selection, shards)
 
@@ -133,10 +130,9 @@ def softmax_cross_entropy_with_integer_labels(
     """
     function = "softmax_cross_entropy_with_integer_labels"
     z, selection, shards = labelled_rows(function, logits, labels, axis, where, ignore_index, axis_name)
-    given = dict(label_smoothing=label_smoothing, class_weights=class_weights, logit_cap=logit_cap, z_loss=z_loss)
     dtype = statistics_dtype(z)
-    options = Options.of(function, dtype, z.ndim, shards, given)
-    values = with_uniform_targets(Values(z, logit_cap=options.logit_cap), options, z.ndim, dtype)
+    options = Options.of(function, dtype, z.ndim, shards, label_smoothing, class_weights, logit_cap, z_loss)
+    values = values_of(z, None, z.shape, options, selection, shards)
     row, _ = row_statistics(values, selection, shards)
     return combined(row, options, selection, shards)
 
@@ -190,7 +186,7 @@ def label_statistics(
     """
     function = "label_statistics"
     z, selection, shards = labelled_rows(function, logits, labels, axis, where, ignore_index, axis_name)
-    options = Options.of(function, statistics_dtype(z), z.ndim, shards, dict(logit_cap=logit_cap))
+    options = Options.of(function, statistics_dtype(z), z.ndim, shards, cap=logit_cap)
     row, correct = row_statistics(Values(z, logit_cap=options.logit_cap), selection, shards, with_entropy=True)
     return statistics_of(row, correct > 0, selection)
 

@@ -64,15 +64,16 @@ class Options(NamedTuple):
     z_loss: Array | None
 
     @classmethod
-    def of(cls, function: str, dtype, ndim: int, shards: ClassShards, given: dict[str, Any]) -> "Options":
-        """`given` for logits of `ndim` axes."""
-        smoothing, weights, cap, z_loss = (given.get(name) for name in cls._fields)
+    def of(
+        cls, function: str, dtype, ndim: int, shards: ClassShards, smoothing=None, weights=None, cap=None, z_loss=None
+    ) -> "Options":
+        """The options as given, for logits of `ndim` axes."""
 
         # 0 is "not used", but not for a cap (an open interval), where it is an error, as False is everywhere.
         def number(name: str, value: Any, high: float, **bounds: Any):
             if value is None or (isinstance(value, int | float) and value is not False and value == 0 and not bounds):
                 return None
-            return _checks.scalar(function, name, value, dtype, 0, high, **bounds)
+            return _checks.scalar(function, name, value, dtype, high, **bounds)
 
         if weights is not None:
             weights = _checks.real(function, "class_weights", weights).astype(dtype)
@@ -182,21 +183,18 @@ def combined(row: Row, options: Options, selection: Selection, shards: ClassShar
     return loss if selection.row_mask is None else jnp.where(selection.row_mask, loss, 0)
 
 
-def with_uniform_targets(values: Values, options: Options, ndim: int, dtype: Any) -> Values:
-    """The second target of smoothed integer labels: Σ_k c_k (−log o_k), for logits of `ndim` axes."""
-    if options.label_smoothing is None:
-        return values
-    return values._replace(targets=jnp.ones((1,) * ndim, dtype), class_weights=options.class_weights)
-
-
-def with_dense_targets(
-    values: Values, shape: tuple[int, ...], options: Options, selection: Selection, dtype: Any, shards: ClassShards
+def values_of(
+    logits: Any, targets: Any, shape: tuple[int, ...], options: Options, selection: Selection, shards: ClassShards
 ) -> Values:
-    """`values` with smoothing and class weights of their dense targets, for logits of this shape."""
-    values, smoothing = values._replace(class_weights=options.class_weights), options.label_smoothing
+    """`Values` of logits of this shape. Without targets, smoothed labels get a second target: Σ_k c_k (−log o_k)."""
+    smoothing = options.label_smoothing
+    weights = None if targets is None and smoothing is None else options.class_weights
+    values = Values(logits, targets, class_weights=weights, logit_cap=options.logit_cap)
     if smoothing is None:
         return values
-    t = jnp.broadcast_to(values.targets.astype(dtype), shape)
+    if targets is None:
+        return values._replace(targets=jnp.ones((1,) * len(shape), smoothing.dtype))
+    t = jnp.broadcast_to(targets.astype(smoothing.dtype), shape)
     t = t if selection.mask is None else jnp.where(selection.mask, t, 0)
-    mean = shards.total(t.sum(-1)) / jnp.asarray(selection.class_count(shards), dtype)
+    mean = shards.total(t.sum(-1)) / jnp.asarray(selection.class_count(shards), smoothing.dtype)
     return values._replace(target_scale=1 - smoothing, target_floor=smoothing * mean[..., None])

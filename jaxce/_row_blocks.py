@@ -82,8 +82,9 @@ class RowBlocks(NamedTuple):
     def cut(self, arrays: Any, row_mask: Array | None) -> tuple[Any, Callable]:
         """What to scan over, and `take(slice)`: that block of `arrays`, and which of its rows are new; None for all.
 
-        Masked rows are left out: blocks take the rows that count first. The places left over repeat a row that counts,
-        and are not new; zeros there could make a loss NaN. A slice is then (row indices, which are new, if any is).
+        With a mask, a slice is (row indices, which are new, if any is). Blocks take the rows that count first; the
+        places left over repeat a row that counts, and are not new, as zeros there could make a loss NaN. Without one, a
+        slice is a block of `arrays`, all new; or, where the last block repeats rows of the one before, its index.
         """
         arrays, n, size, axis = jax.tree.map(self.by_parts, arrays), self.blocks, self.size, len(self.part_axes)
         if row_mask is not None:
@@ -146,7 +147,7 @@ class RowBlocks(NamedTuple):
 
 
 def sweep_of(
-    function: str, layer: Layer, loss_fn, has_aux, several, parts, block_size: int | None, x, w, bias, rows, row_mask
+    layer: Layer, loss_fn, has_aux, several, parts, block_size: int | None, x, w, bias, rows, row_mask
 ) -> tuple[Callable[..., Any], Inputs, Any]:
     """`sweep` of this loss, the inputs to run it on, and the jaxpr of the loss of a block.
 
@@ -159,7 +160,8 @@ def sweep_of(
 
     @functools.cache  # blocks of the same size share one trace of the loss
     def block_loss(blocks: RowBlocks) -> Callable:
-        return _hoisted(function, layer, loss_fn, has_aux, several, blocks, (x, w, bias, rows), consts, traced)
+        loss = functools.partial(_block_loss, layer, loss_fn, has_aux, several)
+        return _hoisted(layer, loss, blocks, (x, w, bias, rows), consts, traced)
 
     def plan(layer: Layer) -> tuple[RowBlocks, Callable]:
         most = layer.devices * (block_size or max_rows(layer, x.shape[-1]))
@@ -171,7 +173,7 @@ def sweep_of(
     if any(axes - mesh_axes(a) for a in jax.tree.leaves((x, rows))):
         # Each shard's own gradients are wanted, also of what all shards share.
         x, rows = varying_over(axes, (x, rows))
-        return sweep_of(function, layer, loss_fn, has_aux, several, parts, block_size, x, w, bias, rows, row_mask)
+        return sweep_of(layer, loss_fn, has_aux, several, parts, block_size, x, w, bias, rows, row_mask)
     inputs = Inputs(x, w, bias, (rows, list(map(jnp.asarray, consts)), row_mask))
     skips = CONDITIONALS and row_mask is not None and not coupled(traced[0])  # or devices would wait for one that skips
     return functools.partial(sweep, layer, plans, skips), inputs, traced[0]
@@ -203,10 +205,8 @@ def check_constants(closed: Any, inputs: Inputs, perturbed: Inputs) -> None:
             raise _checks.value_error("fused_linear", "loss_fn", got, wanted)
 
 
-def _hoisted(
-    function, layer: Layer, loss_fn, has_aux: bool, several: bool, blocks: RowBlocks, arguments, consts, traced: list
-) -> Callable:
-    """`_block_loss` of one block as a function of `consts` too, to which is added what it closes over."""
+def _hoisted(layer: Layer, block_loss: Callable, blocks: RowBlocks, arguments, consts: list, traced: list) -> Callable:
+    """`block_loss` of one block as a function of `consts` too, to which is added what it closes over."""
 
     def of_one_block(x, w, bias, rows):
         one_block = (*[0] * len(blocks.part_axes), slice(blocks.size))
@@ -215,11 +215,9 @@ def _hoisted(
 
     # Not built from shapes and dtypes: inside shard_map and Explicit meshes, types say more than these.
     block = jax.eval_shape(of_one_block, *arguments)
-    block_loss = functools.partial(_block_loss, function, layer, loss_fn, has_aux, several)
     closed, shapes = jax.make_jaxpr(block_loss, return_shape=True)(*block)
     treedef, known = jax.tree.structure(shapes), list(map(id, consts))
-    new = [c for c in closed.consts if id(c) not in known]
-    consts += new
+    consts += [c for c in closed.consts if id(c) not in known]
     places = [list(map(id, consts)).index(id(c)) for c in closed.consts]
     closed = closed.replace(consts=[None] * len(places))  # or what compiles it would keep them
     traced.append(closed)
@@ -233,7 +231,7 @@ def _hoisted(
     return hoisted
 
 
-def _block_loss(function, layer: Layer, loss_fn, has_aux: bool, several: bool, logits, *rows):
+def _block_loss(layer: Layer, loss_fn, has_aux: bool, several: bool, logits, *rows):
     """(floating numbers, (other numbers, aux)) of a block of logits [B, K], checked.
 
     The first two have the structure that the loss returns, with None for what is in the other. Unless `several`, there
@@ -247,11 +245,11 @@ def _block_loss(function, layer: Layer, loss_fn, has_aux: bool, several: bool, l
     arrays = all(isinstance(a, Array | np.ndarray) and a.shape == (size,) for a in leaves)
     floating = [arrays and jnp.issubdtype(a.dtype, jnp.floating) for a in leaves]
     if not any(floating) or (not pair if has_aux else pair and not several):
-        got = ", ".join(map(_checks.described, leaves if several else [losses])) or "empty"
+        got = ", ".join(map(_checks.described, leaves)) or "empty"
         wanted = f"floating losses of shape ({size},), or with has_aux=True (losses, aux)"
         wanted += ", or a pytree of such arrays" if several else ", or with reduction='none' a pytree"
-        raise _checks.value_error(function, "the result of loss_fn", got, wanted)
-    aux = jax.tree.map(lambda a: _checks.leading(function, "aux of loss_fn", a, (size,), "as x"), aux)
+        raise _checks.value_error("fused_linear", "the result of loss_fn", got, wanted)
+    aux = jax.tree.map(lambda a: _checks.leading("fused_linear", "aux of loss_fn", a, (size,), "as x"), aux)
     flags = jax.tree.unflatten(jax.tree.structure(losses), floating)
     numbers = jax.tree.map(lambda a, f: jnp.asarray(a, layer.sum_dtype) if f else None, losses, flags)
     return numbers, (jax.tree.map(lambda a, f: None if f else jnp.asarray(a), losses, flags), aux)
@@ -264,14 +262,11 @@ def sweep(layer: Layer, plans: dict, skips: bool, inputs: Inputs, g: Any = None,
     arrays that the loss closes over, and which rows count [...], or None for all. Of other rows every result is 0.
     """
 
-    def run(layer, *args):
-        return _sweep(layer, plans[layer.platform], skips, perturbed, *args)
-
-    return layer.by_platform(run, inputs, g)
+    return layer.by_platform(lambda layer, *args: _sweep(layer, plans, skips, perturbed, *args), inputs, g)
 
 
-def _sweep(layer: Layer, plan: tuple[RowBlocks, Callable], skips: bool, perturbed: Any, inputs: Inputs, g: Any):
-    blocks, block_loss = plan
+def _sweep(layer: Layer, plans: dict, skips: bool, perturbed: Any, inputs: Inputs, g: Any):
+    blocks, block_loss = plans[layer.platform]
     rows, _, row_mask = inputs.others
     given, inputs = inputs, inputs._replace(w=gathered(inputs.w.astype(layer.operand_dtype), 1 - layer.class_axis))
     parts = blocks.part_axes

@@ -43,9 +43,9 @@ def _on_accelerators(shards: ClassShards, with_entropy: bool, values: Values, se
     if labels is None:
         return one_pass(z, None, t, ids)
     in_place = reads_label_in_place(values.logits)
-    s = one_pass(z, is_label(labels, z, shards), t, ids, in_place)
+    s = one_pass(z, is_label(labels, class_iota(z, shards)), t, ids, in_place)
     if in_place:
-        return s._replace(logit=_nan_if_invalid(s.logit, labels))
+        return s._replace(logit=nan_if_invalid(s.logit, labels))
     return s._replace(logit=rounded_alike(_gathered_logit(values, selection, shards), s.shift, values.logit_cap))
 
 
@@ -104,7 +104,7 @@ def _separate_passes(shards: ClassShards, with_entropy: bool, arguments: tuple[V
     if selection.labels is not None:
         values, logit = label_logit(values, selection, m, shards)
         z, t = prepared(values, selection)  # again, as the logits are now behind a barrier
-        at_label = is_label(selection.labels, z, shards)
+        at_label = is_label(selection.labels, class_iota(z, shards))
     return sums(z, m, at_label, logit, t, class_iota(z, shards) if with_entropy else None)
 
 
@@ -121,7 +121,7 @@ def about_label(arguments: tuple[Values, Selection]) -> tuple[Sums, Array]:
     # The barrier has the label's logit computed once per row, not for each class.
     logit = lax.optimization_barrier(_gathered_logit(values, selection, shards))
     z, _ = prepared(values, selection)
-    s = sums(z, logit, is_label(selection.labels, z, shards), logit)
+    s = sums(z, logit, is_label(selection.labels, class_iota(z, shards)), logit)
     return s, (row_of(s).loss < 32) | jnp.isnan(logit)
 
 
@@ -158,13 +158,9 @@ def keeps_exponentials(values: Values, selection: Selection) -> bool:
     Remedy: there the forward pass takes no blocks, so that XLA merges its exponentials with the gradient's.
     Test: test_gradient_of_narrow_rows_is_made_of_their_exponentials; the benchmark, on jax 0.10, logits from a matmul.
     """
-    without_cast = values.logits.dtype == statistics_dtype(values.logits) and _only_casts(values, selection)
-    return without_cast and (known(values.logits.shape[-1], 128) < 128 or jax.__version_info__[:2] == (0, 10))
-
-
-def _only_casts(values: Values, selection: Selection) -> bool:
-    """Whether `prepared` at most casts the logits: no cap, no mask."""
-    return values.logit_cap is None and selection.class_mask is None and selection.row_mask is None
+    unchanged = values.logit_cap is None and selection.class_mask is None and selection.row_mask is None
+    uncast = values.logits.dtype == statistics_dtype(values.logits)
+    return unchanged and uncast and (known(values.logits.shape[-1], 128) < 128 or jax.__version_info__[:2] == (0, 10))
 
 
 def rounded_once(values: Values) -> Values:
@@ -206,10 +202,10 @@ def _gathered_logit(values: Values, selection: Selection, shards: ClassShards) -
     index, here = _labels.local_index(selection.labels, shards)
     picked = jnp.take_along_axis(values.logits, index[..., None], -1, mode="promise_in_bounds")
     z, _ = prepared(Values(picked, logit_cap=values.logit_cap), Selection(row_mask=selection.row_mask))
-    return _nan_if_invalid(jnp.where(here, z[..., 0], 0), selection.labels)
+    return nan_if_invalid(jnp.where(here, z[..., 0], 0), selection.labels)
 
 
-def _nan_if_invalid(logit: Array, labels: Array) -> Array:
+def nan_if_invalid(logit: Array, labels: Array) -> Array:
     return jnp.where(labels == _labels.INVALID, jnp.nan, logit)
 
 
@@ -238,8 +234,9 @@ def class_iota(z: Array, shards: ClassShards) -> Array:
     return shards.offset() + lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1)
 
 
-def is_label(labels: Array, z: Array, shards: ClassShards) -> Array:
-    return class_iota(z, shards) == labels[..., None]
+def is_label(labels: Array | None, ids: Array) -> Any:
+    """Whether each class is the row's label; None without labels."""
+    return None if labels is None else ids == labels[..., None]
 
 
 def rows_per_block(logits: Array) -> int | None:

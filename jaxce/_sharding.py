@@ -140,7 +140,8 @@ def last_axes_merged(a: Array, count: int) -> Array:
 def in_auto(f: Callable[..., Any], like: Array, axes: Any, *args: Any) -> Any:
     """`f(*args)`, run with Explicit mesh axes made Auto, so that one formulation serves both.
 
-    `axes` is a tree of numbers like the results: the first n axes of a result are sharded as the first n of `like` are.
+    `axes` is a tree of numbers like the results, or a prefix of one: the first n axes of a result are sharded as the
+    first n of `like` are.
     `f` must not close over arrays.
     """
     typed = next((a for a in jax.tree.leaves((like, args)) if _sizes(a, AxisType.Explicit)), None)

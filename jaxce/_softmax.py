@@ -64,7 +64,7 @@ def _backward(shards: ClassShards, values: Values, selection: Selection, row: Ro
         z = with_listed_capped(z, row)
     at_label = None
     if labels is not None:
-        at_label = _schedule.is_label(labels, z, shards)
+        at_label = _schedule.is_label(labels, _schedule.class_iota(z, shards))
         if in_place:
             logit = _schedule.rounded_alike(jnp.where(at_label, z, row.shift), row.shift, values.logit_cap)
         row = row._replace(loss=_label_loss(row.shift, row.log_sum, logit))

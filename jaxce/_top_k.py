@@ -18,7 +18,7 @@ from . import _checks, _labels
 from ._arguments import with_masks
 from ._checks import Arrays, Axes
 from ._elementary import finite, product
-from ._options import Options, Selection, Values, combined, statistics_dtype, with_uniform_targets
+from ._options import Options, Selection, Values, combined, statistics_dtype, values_of
 from ._rule import Row
 from ._sharding import ClassShards
 from ._softmax import row_statistics
@@ -85,10 +85,9 @@ def softmax_cross_entropy_with_top_k_labels(
     ids, t = top_k_labels(function, class_ids, targets, rows)
     dtype = statistics_dtype(z, t)
     z, selection, shards = with_masks(function, z if dtype == jnp.float32 else z.astype(dtype), axes, where, axis_name)
-    given = dict(label_smoothing=label_smoothing, class_weights=class_weights, logit_cap=logit_cap, z_loss=z_loss)
-    options = Options.of(function, dtype, z.ndim, shards, given)
+    options = Options.of(function, dtype, z.ndim, shards, label_smoothing, class_weights, logit_cap, z_loss)
     selection, listed = listed_classes(ids, t.astype(dtype), tail, options, selection, shards)
-    values = with_uniform_targets(Values(z, logit_cap=options.logit_cap), options, z.ndim, dtype)
+    values = values_of(z, None, z.shape, options, selection, shards)
     return loss_of_rows(*row_statistics(values, selection, shards), listed, options, selection, shards)
 
 
