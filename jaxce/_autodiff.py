@@ -136,11 +136,13 @@ def _zeros_of(nothing: Array, like: Array) -> Array:
     return lax.pad(nothing.astype(like.dtype), jnp.zeros((), like.dtype), [(0, like.size, 0)]).reshape(like.shape)
 
 
-def with_gradients(losses_of: Callable, gradients_of: Callable) -> Callable[[Any, Array], Any]:
+def with_gradients(
+    losses_of: Callable, gradients_of: Callable, differentiable: Callable
+) -> Callable[[Any, Array], Any]:
     """(inputs, g) ↦ (Σ g·losses, aux), whose tangent is Σ ⟨gradient, tangent⟩: reverse mode only scales the gradients.
 
     `losses_of(inputs)` returns (losses, aux), `gradients_of(inputs, g, perturbed)` ((losses, gradients), aux), with
-    gradients as in `with_backward`.
+    gradients as in `with_backward`. `differentiable` is the same function, for derivatives of the gradients.
     """
 
     @jax.custom_jvp
@@ -150,7 +152,8 @@ def with_gradients(losses_of: Callable, gradients_of: Callable) -> Callable[[Any
 
     def jvp(primals, tangents):
         inputs, g = primals
-        compute = _opaque(functools.partial(gradients_of, perturbed=_perturbed(tangents[0])))
+        perturbed = _perturbed(tangents[0])
+        compute = _opaque(*(functools.partial(f, perturbed=perturbed) for f in (gradients_of, differentiable)))
         (losses, grads), aux = compute(inputs, g)
         out = jnp.sum(times(g, losses))
         gradients = jax.tree.leaves((grads, None if _is_zero(tangents[1]) else losses))
@@ -167,8 +170,8 @@ def with_gradients(losses_of: Callable, gradients_of: Callable) -> Callable[[Any
     return total
 
 
-def _opaque(f):
-    """`f`, which returns (out, aux), kept opaque to partial evaluation.
+def _opaque(f, differentiable):
+    """`f`, which returns (out, aux), kept opaque to partial evaluation. Its derivatives are those of `differentiable`.
 
     Partial evaluation would drop the scan's checkpoints and hoist logits-sized arrays (3× the memory), even with no
     tangent inside. JAX does not open a custom_jvp function.
@@ -181,7 +184,7 @@ def _opaque(f):
         perturbed = _perturbed(tangents)
 
         def along(args, tangents):
-            f_of_perturbed, values, _ = of_perturbed(f, args, perturbed)
+            f_of_perturbed, values, _ = of_perturbed(differentiable, args, perturbed)
             return jax.jvp(f_of_perturbed, (values,), (tangents,), has_aux=True)
 
         out, tangent, aux = _saving_arguments(along)(args, _nonzero(tangents))

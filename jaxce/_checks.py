@@ -117,6 +117,8 @@ def one_of(function: str, argument: str, value: Any, choices: tuple, wanted: str
 
 def mesh_axis(function: str, axis_name: Any) -> Any:
     try:
+        if isinstance(axis_name, list) or axis_name == ():
+            raise ValueError
         if axis_name is not None:
             lax.axis_size(axis_name)
     except (NameError, TypeError, ValueError):
@@ -180,7 +182,8 @@ def scalar(
     function: str, argument: str, value: ArrayLike, dtype, high: float | None = None, *, open_interval: bool = False
 ) -> Array:
     """An option of one number, in [0, high] or (0, high). Outside: an error, or NaN where it is traced."""
-    array = real(function, argument, value)
+    with np.errstate(over="ignore"):  # 3.5e38 is inf in float32: it is refused below
+        array = real(function, argument, value)
     if array.ndim:
         raise value_error(function, argument, f"of shape {array.shape}", "a scalar")
     if isinstance(value, bool) or getattr(value, "dtype", None) == jnp.bool_:
@@ -188,11 +191,17 @@ def scalar(
     array = array.astype(dtype)
     if high is None:
         return array
-    number: Any = array if isinstance(value, Tracer) else np.float64(jax.device_get(value))
-    inside = (number > 0) & (number < high) if open_interval else (number >= 0) & (number <= high)
+
+    def inside(number: Any):
+        return (number > 0) & (number < high) if open_interval else (number >= 0) & (number <= high)
+
+    value = value if isinstance(value, Array) else getattr(value, "__jax_array__", lambda: value)()
     if isinstance(value, Tracer):
-        return jnp.where(inside, array, jnp.nan)
-    if not inside:
+        return jnp.where(inside(array), array, jnp.nan)
+    number = np.float64(jax.device_get(value))
+    with np.errstate(over="ignore"):
+        rounded = number.astype(dtype)
+    if not (inside(number) and inside(rounded)):
         brackets = "(0, {})" if open_interval else "[0, {}]"
         raise value_error(function, argument, f"{value}", "a number in " + brackets.format(high))
     return array

@@ -15,7 +15,7 @@ from ._autodiff import with_backward
 from ._checks import known
 from ._matmuls import CONDITIONALS, Inputs, Layer, checkpointed, over_classes
 from ._options import Selection, Values, listed_vjp, prepared, prepared_vjp
-from ._row_blocks import RowBlocks, row_parts
+from ._row_blocks import RowBlocks
 from ._rule import Row
 from ._schedule import is_label, nan_if_invalid, single, sums_of_block
 from ._sharding import ClassShards, gathered, varying_as
@@ -44,12 +44,14 @@ def class_blocked_rows(
     selection: Selection,
     block_size: int | None,
     shards: ClassShards,
+    parts: tuple[int, ...],
     with_entropy: bool = False,
 ) -> tuple[Row, Array | None]:
     """The numbers of the rows [...] of x [..., D], differentiable with respect to `inputs`.
 
-    `inputs.others` is `Values` without logits. With entropy, also 1.0 where the label is the first largest class. With
-    listed classes, the numbers of the other classes, and the logits [..., M] of those listed.
+    `inputs.others` is `Values` without logits, and `parts` are those of the axes of rows (see `_sharding`). With
+    entropy, also 1.0 where the label is the first largest class. With listed classes, the numbers of the other classes,
+    and the logits [..., M] of those listed.
     """
     inputs = varying_as(inputs, inputs, selection, shards.offset())
 
@@ -62,14 +64,14 @@ def class_blocked_rows(
 
     def forward(arguments):
         numbers = functools.partial(by_blocks, _forward, with_entropy=with_entropy)
-        return _on_rows_that_count(lambda *arguments: (numbers(*arguments), ()), *arguments)[0]
+        return _on_rows_that_count(lambda *arguments: (numbers(*arguments), ()), parts, *arguments)[0]
 
     def backward(arguments, out, g, perturbed):
         def run(*arguments):
             gradients = by_blocks(_backward, *arguments, perturbed=perturbed[0])
             return gradients.x, gradients._replace(x=None)
 
-        dx, others = _on_rows_that_count(run, *arguments, out, g)
+        dx, others = _on_rows_that_count(run, parts, *arguments, out, g)
         return others._replace(x=dx), None
 
     (row, listed), correct = with_backward(forward, backward)((inputs, selection))
@@ -79,7 +81,7 @@ def class_blocked_rows(
 SHARES = 5, 10, 16  # sixteenths of the rows: the fewest of them that hold all that count are computed
 
 
-def _on_rows_that_count(run, inputs: Inputs, selection: Selection, *by_row):
+def _on_rows_that_count(run, parts: tuple[int, ...], inputs: Inputs, selection: Selection, *by_row):
     """`run(inputs, selection, *by_row)` on the rows that count, gathered into the smallest of `SHARES` that holds them.
 
     Forward, `by_row` is (), and `run` returns (numbers per row, ()). Backward, it is (those numbers, their cotangents),
@@ -97,35 +99,42 @@ def _on_rows_that_count(run, inputs: Inputs, selection: Selection, *by_row):
             selection = selection._replace(row_mask=None)
         return run(inputs, selection, *by_row)
 
-    whole = RowBlocks(lead, row_parts(inputs.x), 1, 0)
+    whole = RowBlocks(lead, parts, 1, 0)
     if not CONDITIONALS or per_row or known(whole.part_rows, 0) < SHARES[-1]:
         return of_all(inputs, selection, *by_row)
 
     most = whole.by_parts(mask).sum(-1).max()
     too_few = [most * SHARES[-1] > whole.part_rows * share for share in SHARES[:-1]]
-    parts = [whole._replace(size=-(-whole.part_rows * share // SHARES[-1])) for share in SHARES[:-1]]
-    branches = [*(functools.partial(_on_share, run, blocks) for blocks in parts), of_all]
+    blocks = [whole._replace(size=-(-whole.part_rows * share // SHARES[-1])) for share in SHARES[:-1]]
+    branches = [*(functools.partial(_on_share, run, block) for block in blocks), of_all]
     return lax.switch(sum(a.astype(jnp.int32) for a in too_few), branches, inputs, selection, *by_row)
 
 
 def _on_share(run, blocks: RowBlocks, inputs: Inputs, selection: Selection, *by_row):
     """As `_on_rows_that_count`, of one block that has room for all of them.
 
-    Copies of one row, with x = 0, fill it up. Their cotangents are 0: they add nothing to dw.
+    Copies of one row, with x = 0, fill it up. Their cotangents are 0: they add nothing to dw. Nor has any class a
+    probability, about their shift of 1e30: about the shift of the row that was copied, exp(z) could be inf, and 0·inf
+    is NaN.
     """
     rows = inputs.x, selection.labels, selection.listed_ids, *by_row
     slices, take = blocks.cut(rows, selection.row_mask)
-    (x, labels, listed_ids, *rows), new = take(jax.tree.map(lambda a: a[0], slices))
-    x = jnp.where(new[..., None], x, 0)  # what stands in may be masked itself, if no row counts
-    if rows:
-        rows[-1] = jax.tree.map(lambda a: jnp.where(jnp.expand_dims(new, range(new.ndim, a.ndim)), a, 0), rows[-1])
+    (x, labels, listed_ids, *by_row), new = take(jax.tree.map(lambda a: a[0], slices))
+
+    def or_zero(a):
+        return jnp.where(jnp.expand_dims(new, range(new.ndim, a.ndim)), a, 0)
+
+    x, by_row = jax.tree.map(or_zero, (x, by_row))  # what stands in may be masked itself, if no row counts
+    if by_row:
+        (row, listed), g = by_row
+        by_row = (row._replace(shift=jnp.where(new, row.shift, 1e30)), listed), g
 
     def of_rows(a):  # [1, ..., 1, any] for [*lead, any]
         return a.reshape(*[1] * new.ndim, a.shape[-1]) if a.ndim else a
 
     others, class_mask = jax.tree.map(of_rows, (inputs.others, selection.class_mask))
     selected = Selection(labels, class_mask, listed_ids=listed_ids)
-    out, rest = run(Inputs(x, inputs.w, inputs.bias, others), selected, *rows)
+    out, rest = run(Inputs(x, inputs.w, inputs.bias, others), selected, *by_row)
     if rest:
         shaped = jax.tree.map(lambda a, d: None if d is None else d.reshape(a.shape), inputs.others, rest.others)
         rest = rest._replace(others=shaped)

@@ -58,9 +58,12 @@ def soft_capped(z: Array, cap: Array) -> Array:
 
     JAX's own derivative of tanh, 1 − tanh², is only rounding error from |u| of about 9 on. This one is accurate there.
     """
+    u = z / cap
     # `maximum` is a no-op in value. It stops LLVM from fusing cap·tanh with a later − m into an FMA: z − m must be
     # exactly 0 at the largest logit. Test: test_the_largest_capped_logit_is_the_maximum_of_capped_logits, on jax 0.10.
-    return jnp.maximum(cap * _tanh(z / cap), -cap)
+    capped = jnp.maximum(cap * _tanh(u), -cap)
+    # tanh u is u there, to one rounding. u may have lost its digits, being subnormal, if the cap is large.
+    return jnp.where(jnp.abs(u) < jnp.finfo(u.dtype).eps ** 0.5 / 4, z, capped)
 
 
 @soft_capped.defjvp

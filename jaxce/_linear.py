@@ -184,12 +184,15 @@ def _summed(sweep, closed, inputs: Inputs, scale: Array, layer: Layer):
         check_constants(closed, inputs, perturbed)
         return sweep(inputs, g, perturbed)
 
+    # JAX cannot transpose the tangent of a cond that vmap made a select, as it does over `where` or weights.
+    # Test: test_any_loss_in_every_mode, grad of vmap over masks.
+    without_conditionals = functools.partial(sweep, skips=False)
     unit, dtypes = None, [layer.operand_dtype, *(a.dtype for a in jax.tree.leaves(inputs))]
     if jnp.float16 in dtypes and scale.size:
         unit = lax.stop_gradient(jnp.abs(scale).max())
         unit = jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1)
     scale = varying_over(losses_axes(closed), scale if unit is None else scale / unit)
-    total, (_, aux) = with_gradients(sweep, gradients)(inputs, scale)
+    total, (_, aux) = with_gradients(sweep, gradients, without_conditionals)(inputs, scale)
     return total if unit is None else total * unit, aux
 
 
@@ -249,9 +252,11 @@ def linear_cross_entropy(
     Returns:
         The loss, in float32 (float64 for float64 operands), a scalar or [...] for "none". A row that is masked, ignored
         or of weight 0 has loss and gradient exactly 0, whatever it holds. Blocks of rows leave such rows out; blocks of
-        classes are of 5, 10 or 16 sixteenths of each device's rows, and with a target for every class of all. If all
-        rows are such, or all classes are masked, or there are no rows, loss and gradients are 0. In other rows a label
-        that is invalid, or of a masked class, makes the loss NaN; `check_labels` finds those out of range.
+        classes are of 5, 10 or 16 sixteenths of the rows (with a target for every class, of all). Of sharded rows, each
+        part that a device may hold leaves out its own: with an Explicit mesh that is what it holds; with plain jit the
+        split is not known, and both axes of [batch, sequence] count as split. If all rows are such, or all classes are
+        masked, or there are no rows, loss and gradients are 0 (w being finite). In other rows a label that is invalid,
+        or of a masked class, makes the loss NaN; `check_labels` finds those out of range.
 
         `jax.vmap` over x makes logits, and a gradient of w, for each example. Leading axes of x, and reduction="none",
         do not.
@@ -301,7 +306,7 @@ def _loss_of(
     x, of_blocks = for_blocks(x, selection, skips)
     if by_classes:
         values = values_of(None, targets, (*x.shape[:-1], layer.classes), options, selection, shards)
-        found = class_blocked_rows(layer, Inputs(x, w, bias, values), of_blocks, block_size, shards)
+        found = class_blocked_rows(layer, Inputs(x, w, bias, values), of_blocks, block_size, shards, parts)
         loss = loss_of_rows(*found, listed, options, selection, shards)
         loss = loss if scale is None else weighted(scale, loss)
         return loss if reduction == "none" else jnp.sum(loss)

@@ -19,6 +19,7 @@ def labelled_rows(
 ) -> tuple[tuple[Selection, Array | None, Any], Array | None, bool]:
     """(`Selection`, dense targets, what `loss_of_rows` takes of listed classes); the weights; if blocks are to skip."""
     pair = isinstance(labels, tuple)
+    _checks.one_of(function, "tail", tail, (True, False), "a bool")
     if pair and len(labels) != 2:
         raise _checks.value_error(function, "labels", f"a tuple of {len(labels)}", "(class_ids, targets)")
     if tail and not pair:

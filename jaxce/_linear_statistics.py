@@ -14,6 +14,7 @@ from ._linear_arguments import check_options, for_blocks, selected
 from ._losses import LabelStatistics, statistics_of
 from ._matmuls import Inputs, Layer
 from ._options import Options, Selection, Values
+from ._row_blocks import row_parts
 from ._sharding import ClassShards, in_auto, mesh_axes, varying_over
 
 
@@ -73,17 +74,18 @@ def linear_label_statistics(
     shards = ClassShards(layer.classes, _checks.mesh_axis(function, axis_name))
     options = Options.of(function, layer.sum_dtype, x.ndim, shards, cap=logit_cap)
     selection, _, skips = selected(function, labels.shape, labels, class_mask, ignore_index, where, None, shards)
-    statistics = functools.partial(compiled_once(_statistics, 4, axis_name), layer, shards, skips, block_size)
+    statistics = compiled_once(_statistics, 5, axis_name)
+    statistics = functools.partial(statistics, layer, shards, skips, block_size, row_parts(x))
     return in_auto(statistics, x, labels.ndim, x, w, bias, selection, options.logit_cap)
 
 
 def _statistics(
-    layer: Layer, shards, skips, block_size, x: Array, w, bias, selection: Selection, cap
+    layer: Layer, shards, skips, block_size, parts, x: Array, w, bias, selection: Selection, cap
 ) -> LabelStatistics:
     everything = x, w, bias, selection, cap
     x, w, bias, selection, cap = varying_over(mesh_axes(everything) - mesh_axes(shards.offset()), everything)
     x, of_blocks = for_blocks(x, selection, skips)
     inputs = Inputs(x, w, bias, Values(None, logit_cap=cap))
-    row, correct = class_blocked_rows(layer, inputs, of_blocks, block_size, shards, with_entropy=True)
+    row, correct = class_blocked_rows(layer, inputs, of_blocks, block_size, shards, parts, with_entropy=True)
     assert correct is not None
     return statistics_of(row, correct > 0, selection)

@@ -176,7 +176,7 @@ def sweep_of(
         return sweep_of(layer, loss_fn, has_aux, several, parts, block_size, x, w, bias, rows, row_mask)
     inputs = Inputs(x, w, bias, (rows, list(map(jnp.asarray, consts)), row_mask))
     skips = CONDITIONALS and row_mask is not None and not coupled(traced[0])  # or devices would wait for one that skips
-    return functools.partial(sweep, layer, plans, skips), inputs, traced[0]
+    return functools.partial(sweep, layer, plans, skips=skips), inputs, traced[0]
 
 
 def losses_axes(closed: Any, i: int = 0) -> frozenset[Any]:
@@ -255,7 +255,7 @@ def _block_loss(layer: Layer, loss_fn, has_aux: bool, several: bool, logits, *ro
     return numbers, (jax.tree.map(lambda a, f: None if f else jnp.asarray(a), losses, flags), aux)
 
 
-def sweep(layer: Layer, plans: dict, skips: bool, inputs: Inputs, g: Any = None, perturbed: Any = None):
+def sweep(layer: Layer, plans: dict, inputs: Inputs, g: Any = None, perturbed: Any = None, *, skips: bool):
     """((losses [...], gradients), aux): the gradients of Σ g·losses, with None for what is not `perturbed`.
 
     Without g, (losses, aux). In `inputs`, x is [..., D], and the others are row arguments [..., any], a list of the

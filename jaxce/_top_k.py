@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from . import _checks, _labels
 from ._arguments import with_masks
 from ._checks import Arrays, Axes
-from ._elementary import finite, product
+from ._elementary import finite, product, weighted
 from ._options import Options, Selection, Values, combined, statistics_dtype, values_of
 from ._rule import Row
 from ._sharding import ClassShards
@@ -79,6 +79,7 @@ def softmax_cross_entropy_with_top_k_labels(
         0.5522, 0.8148
     """
     function = "softmax_cross_entropy_with_top_k_labels"
+    _checks.one_of(function, "tail", tail, (True, False), "a bool")
     z = _checks.floating(function, "logits", logits)
     axes = _checks.class_axes(function, axis, z.shape)
     rows = tuple(n for i, n in enumerate(z.shape) if i - z.ndim not in axes)
@@ -160,6 +161,6 @@ def loss_of_rows(
     t = jnp.concatenate([t, rest[..., None]], -1)
     mask = jnp.concatenate([unique, jnp.ones_like(rest, bool)[..., None]], -1)
     whole, _ = row_statistics(Values(z, t), Selection(None, mask, selection.row_mask), ClassShards(t.shape[-1]))
-    loss = whole.target_loss if share is None else whole.target_loss + product(share, row.target_loss)
+    loss = whole.target_loss if share is None else whole.target_loss + weighted(share, row.target_loss)
     whole = whole._replace(shift=whole.shift + m, target_loss=loss)
     return combined(whole, options, Selection(row_mask=selection.row_mask), shards)

@@ -29,6 +29,13 @@ def over(argument: int) -> Mode:
     return mapped
 
 
+def over_masks(f, v, s):
+    """The gradients with either weights, of which some are 0, and their own gradient."""
+    weights = v[-1][None] * jnp.stack([jnp.arange(7) < 3, jnp.arange(7) != 1]).astype(v[-1].dtype)
+    gradients = jax.vmap(jax.grad(lambda w, weights: f((v[0], w, *v[2:-1], weights))), (None, 0))
+    return jax.grad(lambda w: (gradients(w, weights) ** 2).sum())(v[1])
+
+
 def scan_over_x(f, v, s):
     def total(w):
         def step(sum_, x):
@@ -177,7 +184,11 @@ def test_soft_targets_in_every_mode(form, mode):
 QUICK_ANY = {("mean", m) for m in LINEAR_MODES if m != "jvp of grad of vmap"} | {("none", m) for m in QUICK_NONE}
 
 
-@pytest.mark.parametrize("reduction, mode", cases(("mean", "none"), LINEAR_MODES, quick=QUICK_ANY))
+QUICK_ANY |= {("mean", "grad of vmap over masks")}
+ANY_MODES = LINEAR_MODES | {"grad of vmap over masks": over_masks}
+
+
+@pytest.mark.parametrize("reduction, mode", cases(("mean", "none"), ANY_MODES, quick=QUICK_ANY))
 def test_any_loss_in_every_mode(reduction, mode):
     rng = np.random.default_rng(2)
     x, w, labels = head(7, 3, 5, "float64")
@@ -194,7 +205,7 @@ def test_any_loss_in_every_mode(reduction, mode):
         losses = weights * any_loss(x @ w + bias[None], labels, scale, shift=labels[0], center=center)
         return losses.sum() / weights.sum() if reduction == "mean" else losses.sum()
 
-    assert_same_in_mode(LINEAR_MODES[mode], ours, naive, point, tolerance=1e-11)
+    assert_same_in_mode(ANY_MODES[mode], ours, naive, point, tolerance=1e-11)
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["rows", "classes"])

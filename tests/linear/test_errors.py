@@ -37,6 +37,7 @@ def wrong(argument: Any) -> Any:
         (ValueError, r"class_ids is of shape \(4,\), wanted \(4, 4\)", lambda: linear_cross_entropy(X, W, (Y, X))),
         (ValueError, r"targets is of shape \(4, 3\)", lambda: linear_cross_entropy(X, W, (Y[:, None], X))),
         (ValueError, "tail is True", lambda: linear_cross_entropy(X, W, Y, tail=True)),
+        (ValueError, "tail is 'no'", lambda: linear_cross_entropy(X, W, Y, tail=wrong("no"))),
         (ValueError, "ignore_index is 0", lambda: linear_cross_entropy(X, W, jnp.ones((4, 5)), ignore_index=0)),
         (TypeError, "dtype is", lambda: linear_cross_entropy(X, W, Y, dtype=jnp.int32)),
         (ValueError, r"x is of shape \(4, 3\), wanted \[..., 5\]", lambda: linear_cross_entropy(X, W, Y, class_axis=0)),

@@ -212,6 +212,30 @@ def test_rows_that_do_not_count_are_as_if_left_out_whatever_they_hold(head_, lef
     assert (np.asarray(dx[~KEPT]) == 0).all()
 
 
+OF_FEW = {
+    "rows": partial(linear_cross_entropy, recompute=False),
+    "classes": partial(linear_cross_entropy, recompute=True),
+    "statistics": lambda *a, **o: (lambda s: (s.entropy - s.log_prob).sum())(linear_label_statistics(*a, **o)),
+}
+
+
+@pytest.mark.parametrize("head_", OF_FEW)
+def test_what_stands_in_for_rows_that_do_not_count_has_no_numbers(head_):
+    """Logits near −200, and, where no row counts, one of 100: about the shift of another row, exp would be inf."""
+    x, w, labels = head(40, 3, 256)
+    x, w = jnp.concatenate([x, jnp.ones((40, 1))], 1), jnp.concatenate([w, jnp.full((1, 256), -200.0)])
+
+    def gradients(x, labels, bias, kept):
+        return jax.jit(jax.grad(lambda x, w, b: OF_FEW[head_](x, w, labels, bias=b, where=kept), (0, 1, 2)))(x, w, bias)
+
+    kept = jnp.arange(40) % 8 == 3
+    dx, *got = gradients(x, labels, jnp.zeros(256), kept)
+    wanted_dx, *wanted = gradients(x[kept], labels[kept], jnp.zeros(256), None)
+    assert_all_close([dx[kept, :3], *got], [wanted_dx[:, :3], *wanted], factor=4)  # by the last feature it is 0
+    nothing = gradients(x, labels, jnp.zeros(256).at[3].set(300.0), jnp.zeros(40, bool))
+    assert all((np.asarray(a) == 0).all() for a in nothing)
+
+
 @by_blocks
 @pytest.mark.parametrize(
     "options", [{}, {"label_smoothing": 0.1, "logit_cap": 2.0, "z_loss": 0.1}], ids=["", "options"]

@@ -49,11 +49,15 @@ BOTH_ERRORS = [
     (LOGITS, None, {"axis": np.array([1])}, TypeError, "axis is array([1]), wanted an int, a tuple of ints or None"),
     (LOGITS, None, {"axis": 2**70}, ValueError, f"axis is {2**70}, wanted axes of logits, which have shape (3, 4)"),
     (LOGITS, None, {"axis_name": "shards"}, ValueError, "axis_name is 'shards', wanted a mesh axis of the jax"),
+    (LOGITS, None, {"axis_name": ()}, ValueError, "axis_name is (), wanted a mesh axis of the jax.shard_map"),
+    (LOGITS, None, {"axis_name": ["a"]}, ValueError, "axis_name is ['a'], wanted a mesh axis of the jax.shard_map"),
     (LOGITS, None, {"axis_name": 1}, ValueError, "axis_name is 1, wanted a mesh axis of the jax.shard_map"),
     (LOGITS, None, {"label_smoothing": True}, TypeError, "label_smoothing is of dtype bool, wanted a number"),
     (LOGITS, None, {"label_smoothing": False}, TypeError, "label_smoothing is of dtype bool, wanted a number"),
     (LOGITS, None, {"logit_cap": np.True_}, TypeError, "logit_cap is of dtype bool, wanted a number"),
     (LOGITS, None, {"z_loss": jnp.array(True)}, TypeError, "z_loss is of dtype bool, wanted a number"),
+    (LOGITS, None, {"logit_cap": 3.5e38}, ValueError, "logit_cap is 3.5e+38, wanted a number in (0, inf)"),
+    (LOGITS, None, {"logit_cap": 1e-46}, ValueError, "logit_cap is 1e-46, wanted a number in (0, inf)"),
     (LOGITS, None, {"z_loss": 10**400}, ValueError, f"z_loss is int, {NOT_ARRAY}int too large"),
 ]
 # What JAX refuses as an array, and what the message says of it.
@@ -151,6 +155,8 @@ IDS = jnp.zeros((3, 2), jnp.int32)
         (IDS, IDS[:, :1], {}, ValueError, "targets is of shape (3, 1), wanted (3, 2), as class_ids"),
         (IDS, IDS, {"axis": 2}, ValueError, "axis is 2, wanted axes of logits, which have shape (3, 4)"),
         (IDS, IDS, {"where": jnp.ones(4, bool)}, ValueError, f"where is of shape (4,), wanted {NOT_MASK}"),
+        (IDS, IDS, {"tail": "False"}, ValueError, "tail is 'False', wanted a bool"),
+        (IDS, IDS, {"tail": None}, ValueError, "tail is None, wanted a bool"),
         (IDS, IDS, {"label_smoothing": 1.5}, ValueError, "label_smoothing is 1.5, wanted a number in [0, 1]"),
     ],
 )

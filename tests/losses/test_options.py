@@ -13,7 +13,7 @@ import pytest
 
 from jaxce import reference
 
-from ..helpers import assert_close, dense_loss, integer_loss, logits, probabilities, with_gradient
+from ..helpers import assert_all_close, assert_close, dense_loss, integer_loss, logits, probabilities, with_gradient
 
 N, K = 6, 5
 LABELS = jnp.array([0, 4, 2, 2, 1, 3])
@@ -30,6 +30,47 @@ def test_logit_cap_is_a_tanh_before_everything_else(cap):
         assert np.abs(truth[1]).max() > 1e-2
         assert_close(loss, truth[0], "float32")
         assert_close(gradient, truth[1], "float32")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_large_cap_is_none(dtype, x64):
+    """Up to the largest number, as a batch of caps may say it. z/cap is then below the smallest normal number."""
+    z, largest = logits(N, K, dtype=dtype), float(jnp.finfo(dtype).max)
+
+    def loss(z, cap):
+        return integer_loss(z, LABELS, logit_cap=cap)
+
+    wanted = with_gradient(lambda z: loss(z, None), z)
+    for cap in (1e30, largest / 100, largest):
+        assert_all_close(with_gradient(lambda z, cap=cap: loss(z, cap), z), wanted)
+    assert_close(jax.vmap(loss, (None, 0))(z, jnp.asarray([largest, largest / 3], dtype))[0], wanted[0], dtype)
+    # Logits of that size are capped as others are.
+    z, cap = largest / 100 * z[0, :2], largest / 50
+    gap = np.float64(cap) * np.diff(np.tanh(np.asarray(z, np.float64) / cap))
+    assert_close(integer_loss(z, 0, logit_cap=cap), np.maximum(gap, 0)[0], dtype)
+
+
+class Parameter:
+    """As wrappers of parameters are, which JAX takes for arrays."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __jax_array__(self):
+        return self.value
+
+
+def test_options_that_wrap_an_array():
+    z, values = logits(N, K), {"label_smoothing": 0.1, "logit_cap": 4.0, "z_loss": 0.01}
+
+    def loss(values, wrapper):
+        return integer_loss(z, LABELS, **{name: wrapper(value) for name, value in values.items()}).sum()
+
+    values = jax.tree.map(jnp.float32, values)
+    for run in (loss, jax.value_and_grad(loss)):
+        assert_all_close(run(values, Parameter), run(values, jnp.asarray))
+    with pytest.raises(ValueError, match="z_loss is .*, wanted a number in"):
+        loss({"z_loss": -1.0}, lambda value: Parameter(jnp.float32(value)))
 
 
 def test_options_may_differ_between_vmapped_rows():

@@ -220,3 +220,15 @@ def test_edges():
     assert np.isposinf(top_k_loss(z[0], jnp.array([1]), jnp.array([0.5]), tail=True))
     for bad in (jnp.inf, jnp.nan):
         assert np.isnan(top_k_loss(z.at[1, 1].set(bad), ids, t.at[1].set(0.3))[1])
+
+
+def test_smoothing_from_0_where_an_unlisted_class_is_impossible():
+    """The slope is infinite, as that of integer labels. Its derivative, by the logits, is not."""
+    z = jnp.array([0.0, 0.0, -jnp.inf, 1.0])
+
+    def loss(smoothing, z):
+        return top_k_loss(z, jnp.array([0]), jnp.array([1.0]), label_smoothing=smoothing)
+
+    assert jax.grad(loss)(0.0, z) == jax.jvp(lambda e: loss(e, z), (0.0,), (1.0,))[1] == jnp.inf
+    for jacobian in (jax.jacfwd, jax.jacrev):
+        np.testing.assert_allclose(jacobian(jax.grad(loss, 1))(0.0, z), [0.75, -0.25, -0.25, -0.25], 1e-6)
