@@ -31,8 +31,10 @@ def materialized(x, w, labels, bias, class_mask=None, **options):
     return jaxce.label_statistics(z, labels, where=where, **options)
 
 
-@pytest.mark.parametrize("layout", ["[D, K]", "[K, D]"])
-@pytest.mark.parametrize("options", OPTIONS)
+QUICK_LAYOUTS = {(name, "[D, K]") for name in OPTIONS} | {("all", "[K, D]")}
+
+
+@pytest.mark.parametrize("options, layout", cases(OPTIONS, ("[D, K]", "[K, D]"), quick=QUICK_LAYOUTS))
 def test_equals_label_statistics_of_the_logits(x64, options, layout):
     """Values, and the gradients of x, w and bias by every number's own cotangent; in float64, but for its blocks."""
     x, w, labels = head((3, 5), 6, 300, "float64")
